@@ -7,15 +7,15 @@ A section is nested dicts (plain or ml_collections). Fields that map names to th
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import difflib
-import types
-import typing
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
-SITES = ("q", "k", "v", "o", "gate", "up", "down", "norm", "features")
-REMAT = ("none", "full", "dots", "attn_out")
+from genmodels import config
+
+Site = Literal["q", "k", "v", "o", "gate", "up", "down", "norm", "features"]
+Preset = Literal["none", "full", "dots", "attn_out"]
+Tensor = Literal["q", "k", "v", "attn_out", "attn_lse", "attn_proj", "mlp_gate", "mlp_up", "mlp_out", "mod"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scaling:
     low_freq_factor, high_freq_factor: llama3's band.
   """
 
-  kind: str
+  kind: Literal["linear", "ntk", "yarn", "llama3"]
   factor: float
   original_len: int = 0
   beta_fast: float = 32.0
@@ -43,7 +43,6 @@ class Scaling:
   high_freq_factor: float = 4.0
 
   def __post_init__(self):
-    _choice("kind", self.kind, ("linear", "ntk", "yarn", "llama3"))
     if self.factor <= 0:
       raise ValueError(f"factor={self.factor}: a context extension factor is positive")
     if self.kind in ("yarn", "llama3") and self.original_len < 1:
@@ -65,13 +64,14 @@ class Rope:
   """
 
   base: float = 10000.0
-  pairing: str = "half"
+  pairing: Literal["half", "interleaved"] = "half"
   axes: tuple[int, ...] = ()
   scaling: Scaling | None = None
   zero_prefix: bool = False
 
   def __post_init__(self):
-    _choice("pairing", self.pairing, ("half", "interleaved"))
+    if isinstance(self.scaling, Mapping):
+      object.__setattr__(self, "scaling", config.build(Scaling, self.scaling, "scaling"))
     if len(self.axes) > 3 or any(d < 2 or d % 2 for d in self.axes):
       raise ValueError(f"axes={self.axes}: at most three, each an even number of dimensions")
 
@@ -90,11 +90,7 @@ class LayerSpec:
   mask: str = "full"
   rope_base: float | None = None
   rope_scaling: bool = True
-  remat: str | None = None
-
-  def __post_init__(self):
-    if self.remat is not None:
-      _choice("remat", self.remat, REMAT)
+  remat: Preset | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +113,15 @@ class Remat:
     preset: "none" saves everything; "full" saves only each layer's input; "dots" saves the results
       of the weight matmuls; "attn_out" saves the attention output.
     save, recompute, offload: overrides by tensor name: "q", "k", "v", "attn_out", "attn_proj",
-      "mlp_gate", "mlp_up", "mlp_out", "mod". `recompute` goes with preset "none".
+      "attn_lse", "mlp_gate", "mlp_up", "mlp_out", "mod". `recompute` goes with preset "none".
   """
 
-  preset: str = "none"
-  save: tuple[str, ...] = ()
-  recompute: tuple[str, ...] = ()
-  offload: tuple[str, ...] = ()
+  preset: Preset = "none"
+  save: tuple[Tensor, ...] = ()
+  recompute: tuple[Tensor, ...] = ()
+  offload: tuple[Tensor, ...] = ()
 
   def __post_init__(self):
-    _choice("preset", self.preset, REMAT)
-    names = ("q", "k", "v", "attn_out", "attn_proj", "mlp_gate", "mlp_up", "mlp_out", "mod")
-    for name in self.save + self.recompute + self.offload:
-      _choice("remat tensor name", name, names)
     if self.recompute and (self.preset != "none" or self.save or self.offload):
       raise ValueError(
         f"recompute={self.recompute} with preset={self.preset!r}, save={self.save}, offload={self.offload}: "
@@ -139,14 +131,15 @@ class Remat:
 
 @dataclasses.dataclass(frozen=True)
 class Cond:
-  """A condition table: kind "class" (int32 ids < size), "time" (float32 level, `size` sinusoid
-  frequencies) or "vector" (float[size]). A class table whose name is also an id table shares it."""
+  """A condition table: kind "class" (int32 ids < size), "time" (float32 level, multiplied by
+  `time_scale`, `size` sinusoids, an MLP) or "vector" (float[size]). A class table whose name is also an
+  id table shares it."""
 
-  kind: str = "class"
+  kind: Literal["class", "time", "vector"] = "class"
   size: int = 0
+  time_scale: float = 1000.0
 
   def __post_init__(self):
-    _choice("kind", self.kind, ("class", "time", "vector"))
     if self.size < 1 or (self.kind == "time" and self.size % 2):
       raise ValueError(f"size={self.size}: kind {self.kind!r} needs a positive (time: even) size")
 
@@ -168,7 +161,7 @@ class Head:
     time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
   """
 
-  kind: str = "categorical"
+  kind: Literal["categorical", "flow"] = "categorical"
   size: int | None = None
   tied: bool = False
   bias: bool = False
@@ -181,7 +174,6 @@ class Head:
   time_scale: float = 1000.0
 
   def __post_init__(self):
-    _choice("kind", self.kind, ("categorical", "flow"))
     if self.kind == "flow" and (self.size is None or self.tied or self.forbid):
       raise ValueError("a flow head needs size (its features) and takes neither tied nor forbid")
     if self.tied and self.size is not None:
@@ -219,7 +211,7 @@ class TrunkConfig:
     norm: "rms" or "layer"; eps; norm_offset: weight is 1 + w (Gemma); norm_affine: has weights.
     qk_norm: "none", "rms" (per head, learned weight: Qwen3) or "l2" (unit q and k, learned
       temperature per head: VAR).
-    bias: sites with a bias, out of SITES.
+    bias: sites with a bias, see `Site`.
     rope: None for none. learned_pos: size of a learned table indexed by pos[..., 0], 0 for none.
     embed_scale: embeddings are multiplied by it. attn_scale: None is head_dim^−1/2.
     attn_soft_cap: soft cap of attention logits.
@@ -245,26 +237,26 @@ class TrunkConfig:
   layers: int = 0
   pattern: tuple[LayerSpec, ...] = (LayerSpec(),)
   segments: tuple[Segment, ...] = ()
-  norm: str = "rms"
+  norm: Literal["rms", "layer"] = "rms"
   eps: float = 1e-6
   norm_offset: bool = False
   norm_affine: bool = True
-  qk_norm: str = "none"
-  activation: str = "silu"
+  qk_norm: Literal["none", "rms", "l2"] = "none"
+  activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
   gated: bool = True
-  bias: tuple[str, ...] = ()
+  bias: tuple[Site, ...] = ()
   rope: Rope | None = Rope()
   learned_pos: int = 0
   embed_scale: float = 1.0
   attn_scale: float | None = None
   attn_soft_cap: float | None = None
-  adaln: str = "none"
+  adaln: Literal["none", "zero"] = "none"
   cond: Any = ()
   cond_width: int | None = None
   heads: Any = (("text", Head()),)
   dropout: float = 0.0
-  dtype: str = "float32"
-  param_dtype: str = "float32"
+  dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+  param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
   remat: Remat = Remat()
   init_std: float = 0.02
   init_out_scale: bool = False
@@ -273,10 +265,6 @@ class TrunkConfig:
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
-    for f in dataclasses.fields(self):
-      hint = _HINTS(type(self)).get(f.name)
-      if f.name not in ("tables", "cond", "heads"):
-        put(f.name, coerce(hint, getattr(self, f.name), f.name))
     put("tables", _named(int, self.tables, "tables"))
     put("cond", _named(Cond, self.cond, "cond"))
     put("heads", _named(Head, self.heads, "heads"))
@@ -297,14 +285,6 @@ class TrunkConfig:
   def _check(self):
     if self.num_heads % self.num_kv_heads:
       raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
-    _choice("norm", self.norm, ("rms", "layer"))
-    _choice("qk_norm", self.qk_norm, ("none", "rms", "l2"))
-    _choice("activation", self.activation, ("silu", "gelu", "gelu_tanh"))
-    _choice("adaln", self.adaln, ("none", "zero"))
-    _choice("dtype", self.dtype, ("float32", "bfloat16", "float16", "float64"))
-    _choice("param_dtype", self.param_dtype, ("float32", "bfloat16", "float64"))
-    for site in self.bias:
-      _choice("bias site", site, SITES)
     if self.rope is not None and sum(self.rope_axes) > self.head_dim:
       raise ValueError(f"rope axes {self.rope.axes} need more dimensions than head_dim={self.head_dim}")
     if self.rope is not None and not self.rope.axes and self.head_dim % 2:
@@ -391,74 +371,21 @@ def layer_index(cfg: TrunkConfig, segment: int, repeat: int, position: int) -> i
   return before + repeat * len(s.pattern) + position
 
 
-def from_section(section: Mapping[str, Any] | TrunkConfig) -> TrunkConfig:
-  """A TrunkConfig from a config section.
+def from_section(section) -> TrunkConfig:
+  """A TrunkConfig from a config section (or one that is built already).
 
   Raises:
-    ValueError: an unknown key (with the nearest known one), a wrong type, or a broken law.
+    ConfigError: unknown key (with the nearest known one), a wrong type, or a broken law.
   """
-  return coerce(TrunkConfig, section, "model")
+  return config.build(TrunkConfig, section, "model")
 
 
-def coerce(hint, value, where: str):
-  """`value` as the type `hint`: mappings become dataclasses, sequences tuples, integers floats."""
-  args = typing.get_args(hint)
-  if hint is Any or hint is None:
-    return value
-  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-    if value is None and type(None) in args:
-      return None
-    return coerce(next(a for a in args if a is not type(None)), value, where)
-  if dataclasses.is_dataclass(hint):
-    if isinstance(value, hint):
-      return value
-    if not isinstance(value, collections.abc.Mapping) and hasattr(value, "items"):
-      value = dict(value.items())  # ml_collections.ConfigDict is no Mapping
-    if not isinstance(value, collections.abc.Mapping):
-      raise ValueError(f"{where}: expected the fields of {hint.__name__}, got {value!r}")
-    hints = _HINTS(hint)
-    for key in value:
-      if key not in hints:
-        near = difflib.get_close_matches(str(key), hints, 1)
-        hint_text = f", did you mean {near[0]!r}?" if near else f": known are {sorted(hints)}"
-        raise ValueError(f"{where}.{key}: unknown key{hint_text}")
-    required = [
-      f.name
-      for f in dataclasses.fields(hint)
-      if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in value]
-    if missing:
-      raise ValueError(f"{where}: missing {missing}")
-    fields = {k: coerce(hints[k], v, f"{where}.{k}") for k, v in value.items()}
-    try:
-      return hint(**fields)
-    except ValueError as e:
-      raise ValueError(f"{where}: {e}") from None
-  if typing.get_origin(hint) is tuple:
-    if isinstance(value, str) or not isinstance(value, collections.abc.Iterable):
-      raise ValueError(f"{where}: expected a sequence, got {value!r}")
-    return tuple(coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-    raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
-  return value
-
-
-def _HINTS(cls) -> dict[str, Any]:
-  return typing.get_type_hints(cls)
-
-
-def _named(hint, value, where: str) -> tuple:
-  items = sorted(value.items()) if hasattr(value, "items") else [tuple(v) for v in value]
+def _named(cls, value, where: str) -> tuple:
+  """Dict (alphabetical) or pairs (as written) as a tuple of (name, built value)."""
+  items = sorted(value.items()) if isinstance(value, Mapping) else [tuple(v) for v in value]
   names = [name for name, _ in items]
   if len(set(names)) < len(names):
-    raise ValueError(f"{where}: repeated name in {names}")
-  return tuple((name, coerce(hint, v, f"{where}.{name}")) for name, v in items)
-
-
-def _choice(name: str, value, known):
-  if value not in known:
-    near = difflib.get_close_matches(str(value), known, 1)
-    raise ValueError(f"{name}={value!r}: expected one of {known}" + (f", did you mean {near[0]!r}?" if near else ""))
+    raise config.ConfigError("repeated name", key=where, value=names, fix="give every entry its own name")
+  if cls is int:
+    return tuple((str(name), int(v)) for name, v in items)
+  return tuple((str(name), config.build(cls, v, f"{where}.{name}")) for name, v in items)

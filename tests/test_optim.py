@@ -245,7 +245,7 @@ def test_config_section_builds_the_nested_schedule():
   assert built.schedule == optim.LrSchedule(kind="wsd", warmup=3) and built.lr_mult == (("^head/", 2.0),)
   with pytest.raises(config.ConfigError, match="optim.schedule.warmup = -1"):
     config.build(optim.OptimConfig, dict(schedule=dict(warmup=-1)), "optim")
-  with pytest.raises(config.ConfigError, match=r"optim\.wieght_decay.*did you mean 'weight_decay'"):
+  with pytest.raises(config.ConfigError, match=r"optim\.wieght_decay(.|\n)*did you mean 'weight_decay'"):
     config.build(optim.OptimConfig, dict(wieght_decay=0.1), "optim")
 
 

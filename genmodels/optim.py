@@ -79,11 +79,14 @@ class LrSchedule:
     decay = self.decay_steps if self.decay_steps is not None else max(1, steps // 10)
     if self.kind == "wsd" and self.warmup + decay > steps:
       raise ValueError(
-        f"schedule: warmup {self.warmup} + decay_steps {decay} > steps {steps}; shorten one or lengthen the run"
+        f"schedule: warmup {self.warmup} + decay_steps {decay} > steps {steps}; "
+        "shorten one or lengthen the run"
       )
     if self.kind in ("cosine", "linear") and self.warmup >= max(steps, 1):
-      raise ValueError(f"schedule: warmup {self.warmup} >= steps {steps}: nothing is left to decay; lower warmup")
-    begin, length = (steps - decay, decay) if self.kind == "wsd" else (self.warmup, max(steps - self.warmup, 1))
+      raise ValueError(f"schedule: warmup {self.warmup} >= steps {steps}: nothing is left to decay")
+    begin, length = (
+      (steps - decay, decay) if self.kind == "wsd" else (self.warmup, max(steps - self.warmup, 1))
+    )
 
     def at(step):
       step = jnp.asarray(step, jnp.float32)
@@ -148,8 +151,8 @@ class OptimConfig:
         raise ValueError(f"{key} = {getattr(self, key)}: expected a decay in [0, 1)")
     if self.name == "schedule_free" and self.schedule.kind != "constant":
       raise ValueError(
-        f"schedule.kind = {self.schedule.kind!r} with name = 'schedule_free': its average replaces the decay; "
-        "set schedule.kind = 'constant' (a warm-up is fine)"
+        f"schedule.kind = {self.schedule.kind!r} with name = 'schedule_free': its average replaces "
+        "the decay; set schedule.kind = 'constant' (a warm-up is fine)"
       )
     if self.name == "schedule_free" and self.b1 == 0:
       raise ValueError("b1 = 0 with name = 'schedule_free': the interpolation needs b1 > 0; 0.9 is usual")
@@ -278,7 +281,9 @@ def build(
 def opt_shardings(tx: Any, abstract_params: Any, param_shardings: Any, mesh: jax.sharding.Mesh) -> Any:
   """NamedShardings of tx's state: moments like their parameter, factored moments like it without
   the dropped axis, counters replicated. See `state.like_params`."""
-  return state_lib.like_params(jax.eval_shape(tx.init, abstract_params), abstract_params, param_shardings, mesh)
+  return state_lib.like_params(
+    jax.eval_shape(tx.init, abstract_params), abstract_params, param_shardings, mesh
+  )
 
 
 def eval_params(opt_state: Any, params: Any) -> Any:
@@ -352,7 +357,9 @@ def guard(
     an accepted step between.
   """
   if stats["loss"].shape != (window,):
-    raise ValueError(f"guard: statistics of shape {stats['loss'].shape} for window {window}; use guard_stats(window)")
+    raise ValueError(
+      f"guard: statistics of shape {stats['loss'].shape} for window {window}; use guard_stats(window)"
+    )
   loss, grad_norm = loss.astype(jnp.float32), grad_norm.astype(jnp.float32)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   known = jnp.arange(window) < stats["count"]
@@ -391,8 +398,9 @@ def _rule(cfg, roles, label, lr, finish):
   if cfg.name == "adamw":
     return optax.chain(adam, optax.scale(-1.0), finish)
   if cfg.name == "sgd":
-    return optax.chain(optax.trace(cfg.b1, accumulator_dtype=dtype) if cfg.b1 else optax.identity(),
-                       optax.scale(-1.0), finish)
+    return optax.chain(
+      optax.trace(cfg.b1, accumulator_dtype=dtype) if cfg.b1 else optax.identity(), optax.scale(-1.0), finish
+    )
   if cfg.name == "adafactor":
     return optax.chain(
       optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0), optax.scale(-1.0), finish
@@ -404,7 +412,9 @@ def _rule(cfg, roles, label, lr, finish):
   is_role = lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[0], str)
   dims = jax.tree.map(
     lambda r, how: contrib.MuonDimensionNumbers(r[1], r[2]) if how == "muon" else None,
-    roles, label, is_leaf=is_role,
+    roles,
+    label,
+    is_leaf=is_role,
   )
   muon = contrib.muon(
     learning_rate=1.0,
@@ -443,12 +453,16 @@ def _finish(lr, weight_decay, decayed, mults):
 def _axes(abstract_params, logical_axes):
   """{path: axis names}, checked against the parameters."""
   params = state_lib.param_paths(abstract_params)
-  axes = state_lib.param_paths(logical_axes, is_leaf=lambda x: isinstance(x, (tuple, jax.sharding.PartitionSpec)))
+  axes = state_lib.param_paths(
+    logical_axes, is_leaf=lambda x: isinstance(x, (tuple, jax.sharding.PartitionSpec))
+  )
   for path, leaf in params.items():
     if path not in axes:
-      raise ValueError(f"logical_axes has no entry for parameter {path}; every parameter needs its axis names")
+      raise ValueError(f"logical_axes has no entry for parameter {path}; every parameter needs one")
     if len(axes[path]) != len(leaf.shape):
-      raise ValueError(f"{path}: logical axes {tuple(axes[path])} name {len(axes[path])} axes, shape is {leaf.shape}")
+      raise ValueError(
+        f"{path}: logical axes {tuple(axes[path])} name {len(axes[path])} axes, shape is {leaf.shape}"
+      )
   return {path: tuple(axes[path]) for path in params}
 
 

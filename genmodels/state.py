@@ -7,7 +7,8 @@ whole random state and a resumed run draws what the uninterrupted run would have
 from __future__ import annotations
 
 import collections
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def create(trees: dict[str, Any], txs: dict[str, Any], stats: dict[str, Any] | N
   """
   for player in txs:
     if player not in trees:
-      raise ValueError(f"player {player!r} trains no tree: trees are {sorted(trees)}; name the player after one")
+      raise ValueError(f"player {player!r} trains no tree of {sorted(trees)}; name the player after one")
   opt = {player: tx.init(trees[player]) for player, tx in txs.items()}
   return TrainState(jnp.zeros([], jnp.int32), dict(trees), opt, dict(stats or {}))
 
@@ -95,7 +96,7 @@ def like_params(tree: Any, abstract_params: Any, param_shardings: Any, mesh: Mes
   shapes = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
   specs = jax.tree.leaves(param_shardings, is_leaf=lambda x: isinstance(x, NamedSharding))
   if len(shapes) != len(specs):
-    raise ValueError(f"param_shardings has {len(specs)} leaves, abstract_params {len(shapes)}; build both from one model")
+    raise ValueError(f"param_shardings has {len(specs)} leaves, abstract_params {len(shapes)}: not one model")
   known = {_names(path): (leaf.shape, s) for (path, leaf), s in zip(shapes, specs)}
   replicated = NamedSharding(mesh, PartitionSpec())
 

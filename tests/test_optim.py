@@ -8,15 +8,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from optax import contrib
 
-from genmodels import optim, state
+from genmodels import config, optim, state
 
 # A stack of two layers, shaped as a scanned trunk is: every ndim lies about what the leaf is.
 SHAPES = {
   "embed": {"table": ((16, 8), ("vocab", "embed")), "pos": ((12, 8), ("pos", "embed"))},
   "trunk": {
     "attn": {
-      "q": {"kernel": ((2, 8, 2, 3), ("layers", "embed", "heads", "head_dim")),
-            "bias": ((2, 2, 3), ("layers", "heads", "head_dim"))},
+      "q": {
+        "kernel": ((2, 8, 2, 3), ("layers", "embed", "heads", "head_dim")),
+        "bias": ((2, 2, 3), ("layers", "heads", "head_dim")),
+      },
       "k": {"kernel": ((2, 8, 1, 3), ("layers", "embed", "kv_heads", "head_dim"))},
       "o": {"kernel": ((2, 2, 3, 8), ("layers", "heads", "head_dim", "embed"))},
       "q_norm": {"scale": ((2, 3), ("layers", "head_dim"))},
@@ -128,7 +130,9 @@ def test_decay_regexes_replace_the_rule():
   params = make_params()
   zero = jax.tree.map(jnp.zeros_like, params)
   new, _ = one_step(cfg(name="sgd", lr=0.1, weight_decay=0.5, decay=("trunk/norm/scale",)), params, zero)
-  changed = {p for p, x in state.param_paths(new).items() if not np.array_equal(x, state.param_paths(params)[p])}
+  changed = {
+    p for p, x in state.param_paths(new).items() if not np.array_equal(x, state.param_paths(params)[p])
+  }
   assert changed == {"trunk/norm/scale"}
 
 
@@ -155,8 +159,15 @@ def test_rate_multipliers_and_the_step_argument():
   params = make_params()
   ones = jax.tree.map(jnp.ones_like, params)
   schedule = optim.LrSchedule(kind="wsd", warmup=4, decay_steps=10, end=0.1)
-  config = cfg(name="sgd", lr=0.1, b1=0.0, weight_decay=0.0, clip_norm=0.0, schedule=schedule,
-               lr_mult=(("^head/", 0.5), ("head|mlp", 0.0)))
+  config = cfg(
+    name="sgd",
+    lr=0.1,
+    b1=0.0,
+    weight_decay=0.0,
+    clip_norm=0.0,
+    schedule=schedule,
+    lr_mult=(("^head/", 0.5), ("head|mlp", 0.0)),
+  )
   tx, lr = optim.build(config, params, AXES, 100)
   updates, _ = tx.update(ones, tx.init(params), params, step=jnp.int32(1))
   np.testing.assert_allclose(updates["final"]["scale"], -0.1 * 2 / 4, rtol=1e-6)
@@ -169,8 +180,9 @@ def test_rate_multipliers_and_the_step_argument():
 def test_schedules_at_their_corners():
   at = lambda total=100, **kw: optim.LrSchedule(**kw).factor(total)
   wsd = at(kind="wsd", warmup=10, decay_steps=20, end=0.1)
-  np.testing.assert_allclose([wsd(s) for s in (0, 9, 10, 79, 80, 90, 100, 500)],
-                             [0.1, 1, 1, 1, 1, 0.55, 0.1, 0.1], rtol=1e-6)
+  np.testing.assert_allclose(
+    [wsd(s) for s in (0, 9, 10, 79, 80, 90, 100, 500)], [0.1, 1, 1, 1, 1, 0.55, 0.1, 0.1], rtol=1e-6
+  )
   np.testing.assert_allclose(at(kind="wsd", decay_steps=100, shape="sqrt")(25), 0.5, rtol=1e-6)
   cosine = at(kind="cosine", warmup=20, end=0.2)
   np.testing.assert_allclose([cosine(s) for s in (19, 20, 60, 100)], [1, 1, 0.6, 0.2], rtol=1e-6)
@@ -186,7 +198,9 @@ def test_adamw_equals_optax_adamw():
   params, grads = make_params(), make_params(1)
   new, _ = one_step(cfg(lr=0.01, weight_decay=0.1, clip_norm=1.0), params, grads, steps=3)
   mask = jax.tree.map(lambda a: optim.role(a)[0] in ("matrix", "head"), AXES, is_leaf=is_spec)
-  ref = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=mask))
+  ref = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(0.01, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=mask)
+  )
   opt, p = ref.init(params), params
   for _ in range(3):
     u, opt = ref.update(grads, opt, p)
@@ -211,7 +225,9 @@ def test_schedule_free_average_is_the_running_mean_of_z():
 
 def test_unmatched_regexes_and_wrong_axes_are_named():
   params = make_params()
-  with pytest.raises(ValueError, match=r"optim.freeze: 'attention' matches no parameter; paths look like embed/pos"):
+  with pytest.raises(
+    ValueError, match=r"optim.freeze: 'attention' matches no parameter; paths look like embed/pos"
+  ):
     optim.build(cfg(freeze=("attention",)), params, AXES, 10)
   with pytest.raises(ValueError, match="lr_mult"):
     optim.build(cfg(lr_mult=(("nope", 2.0),)), params, AXES, 10)
@@ -221,6 +237,16 @@ def test_unmatched_regexes_and_wrong_axes_are_named():
     cfg(name="lion")
   with pytest.raises(ValueError, match="no regular expression"):
     cfg(freeze=("(",))
+
+
+def test_config_section_builds_the_nested_schedule():
+  section = dict(name="muon", lr=1, schedule=dict(kind="wsd", warmup=3), lr_mult=[["^head/", 2]])
+  built = config.build(optim.OptimConfig, section, "optim")
+  assert built.schedule == optim.LrSchedule(kind="wsd", warmup=3) and built.lr_mult == (("^head/", 2.0),)
+  with pytest.raises(config.ConfigError, match="optim.schedule.warmup = -1"):
+    config.build(optim.OptimConfig, dict(schedule=dict(warmup=-1)), "optim")
+  with pytest.raises(config.ConfigError, match=r"optim\.wieght_decay.*did you mean 'weight_decay'"):
+    config.build(optim.OptimConfig, dict(wieght_decay=0.1), "optim")
 
 
 def test_ema_equals_the_bias_corrected_average():
@@ -259,7 +285,9 @@ def test_guard_accepts_ordinary_steps_and_first_steps():
 
 def test_guard_refuses_spikes_of_loss_and_of_norm():
   oks, stats = run_guard([*noisy(40), 9.0, *noisy(5, seed=1)])
-  assert oks.index(False) == 40 and sum(oks) == 45 and int(stats["skipped"]) == 1 and int(stats["in_row"]) == 0
+  assert (
+    oks.index(False) == 40 and sum(oks) == 45 and int(stats["skipped"]) == 1 and int(stats["in_row"]) == 0
+  )
   norms = [*noisy(40, 1.0), 30.0]
   assert run_guard(noisy(41), norms)[0] == [True] * 40 + [False]
   assert run_guard([*noisy(40), 0.1])[0][-1]  # far below the mean is good news
@@ -278,7 +306,7 @@ def test_non_finite_never_reaches_weights_or_statistics(bad):
 
   def step(s, poison, guarded=True):
     grads = jax.tree.map(lambda p: p * poison, s.trees["model"])
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     ok, stats = optim.guard(s.stats, poison + 2.0, norm)
     updates, opt = tx.update(grads, s.opt["model"], s.trees["model"], step=s.step)
     new = {"model": optax.apply_updates(s.trees["model"], updates)}
@@ -303,17 +331,27 @@ def test_optimizer_state_is_placed_like_the_parameters(name):
   shapes = {"w": ((2, 256, 130), ("layers", "embed", "mlp")), "b": ((2, 130), ("layers", "mlp"))}
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x[0], jnp.float32), shapes, is_leaf=is_spec)
   axes = jax.tree.map(lambda x: x[1], shapes, is_leaf=is_spec)
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tensor"),
-                           axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.sharding.Mesh(
+    np.array(jax.devices()[:1]).reshape(1, 1),
+    ("fsdp", "tensor"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
   specs = {"w": PartitionSpec(None, "fsdp", "tensor"), "b": PartitionSpec(None, "tensor")}
-  placed = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+  placed = jax.tree.map(
+    lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
   tx, _ = optim.build(cfg(name=name), params, axes, 10)
   shard = optim.opt_shardings(tx, params, placed, mesh)
-  want = {(2, 256, 130): specs["w"], (2, 130): specs["b"],
-          (2, 256): PartitionSpec(None, "fsdp")}  # the factored moment of w without its mlp axis
+  want = {
+    (2, 256, 130): specs["w"],
+    (2, 130): specs["b"],
+    (2, 256): PartitionSpec(None, "fsdp"),
+  }  # the factored moment of w without its mlp axis
   if name == "adafactor":  # v_row drops the largest axis (embed), v_col the second largest (mlp)
     found = {str(s.spec) for s in jax.tree.leaves(shard)}
-    assert found == {str(s) for s in (PartitionSpec(), PartitionSpec(None, "fsdp"), PartitionSpec(None, "tensor"))}
+    assert found == {
+      str(s) for s in (PartitionSpec(), PartitionSpec(None, "fsdp"), PartitionSpec(None, "tensor"))
+    }
   abstract = jax.eval_shape(tx.init, params)
   jax.tree.map(lambda x, s: s.shard_shape(x.shape), abstract, shard)  # every spec fits its leaf
   for x, s in zip(jax.tree.leaves(abstract), jax.tree.leaves(shard)):

@@ -127,7 +127,7 @@ def make_train_step(
 
     grad_norm = optax.global_norm(grads)
     ok, guard = _guard(cfg, state.stats.get("guard"), m["loss"], grad_norm)
-    updates, opt = tx.update(grads, state.opt["model"], params)
+    updates, opt = tx.update(grads, state.opt["model"], params, step=step)
     trees = {**state.trees, "model": optax.apply_updates(params, updates)}
     if "ema" in state.trees:
       count = state.stats["ema_count"]

@@ -153,7 +153,7 @@ class Objective:
   def inputs(self, row: Row, noise: Noise, slots: Slots, latent=None) -> Inputs:
     """Token ids, positions and masks of the slots; subclasses add features and conditions."""
     src = jnp.maximum(slots.src, 0)
-    ids = jnp.where(slots.src >= 0, jnp.take_along_axis(self.shown(row, noise, slots), src, 1), -1)
+    ids = jnp.where(slots.src >= 0, self.shown(row, noise, slots), -1)
     A = row.pos.shape[-1]
     pos = jnp.take_along_axis(row.pos, jnp.broadcast_to(src[..., None], src.shape + (A,)), 1)
     masks = {p: r.mask(slots) for p, r in self.relations.items()}

@@ -1,0 +1,6 @@
+"""Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
+
+from genmodels.kernels.attention import attention, merge, resolve
+from genmodels.kernels.tiles import Plan, Tiles, plan
+
+__all__ = ["Plan", "Tiles", "attention", "merge", "plan", "resolve"]

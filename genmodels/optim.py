@@ -30,8 +30,8 @@ from genmodels.contracts import Array
 NAMES = ("adamw", "muon", "adafactor", "schedule_free", "sgd")
 KINDS = ("constant", "cosine", "linear", "wsd")
 
-# Axes over which a leaf is a stack of independent weights.
-STACK_AXES = frozenset({"layers", "expert"})
+# Axes over which a leaf is a stack of independent weights (None: AdaLN's six modulations).
+STACK_AXES = frozenset({"layers", "expert", None})
 # Axes that form one dimension of a matrix when they stand side by side: [heads, head_dim].
 HEAD_AXES = frozenset({"heads", "kv_heads", "head_dim"})
 # Axes that are looked up by index: rows of a table are no input of a matrix product.

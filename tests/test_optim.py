@@ -78,6 +78,7 @@ def test_roles_follow_the_axis_names_and_not_ndim():
   # Experts are a stack too; a bias of a stack of experts is none.
   assert optim.role(("layers", "expert", "embed", "mlp")) == ("matrix", (2,), (3,))
   assert optim.role(("layers", "expert", "mlp"))[0] == "vector"
+  assert optim.role(("layers", "cond", None, "embed")) == ("matrix", (1,), (3,))  # six modulations
 
 
 def test_muon_labels_and_the_mistake_that_optax_makes_without_them():

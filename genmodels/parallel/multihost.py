@@ -15,6 +15,8 @@ from jax.sharding import Sharding
 
 from genmodels.parallel import rules
 
+logger = logging.getLogger(__name__)
+
 # Arrays of a batch with a token axis; all others are per row or per document.
 TOKEN_ARRAYS = ("tokens", "doc", "role", "modality", "index", "pos")
 
@@ -68,7 +70,7 @@ def initialize(cfg: DistributedConfig = DistributedConfig()) -> None:
     initialization_timeout=cfg.start_s,
     shutdown_timeout_seconds=cfg.shutdown_s,
   )
-  logging.info(
+  logger.info(
     "process %d of %d, %d devices here", jax.process_index(), jax.process_count(), jax.local_device_count()
   )
 

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+logger = logging.getLogger(__name__)
+
 BATCH_AXES = ("data", "fsdp")
 
 # Logical name → mesh axis, axes, or None (whole on every device).
@@ -159,7 +161,7 @@ def sharding_tree(mesh: Mesh, logical_axes, shapes, rules: Rules = RULES, droppe
       )
     out.append(NamedSharding(mesh, partition_spec(mesh, axes[name], leaf.shape, name, rules, lines)))
   for line in lines:
-    logging.info("sharding: %s", line)
+    logger.info("sharding: %s", line)
   if dropped is not None:
     dropped.extend(lines)
   return jax.tree.unflatten(treedef, out)

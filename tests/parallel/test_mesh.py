@@ -61,7 +61,7 @@ def test_slices_go_on_the_data_axis():
   with pytest.raises(ValueError, match="dcn_data=2"):
     make_mesh(MeshConfig(fsdp=64), devices)
   with pytest.raises(ValueError, match="dcn_data=1"):
-    make_mesh(MeshConfig(dcn_data=2), chips("v6e:4x4")[:8])
+    make_mesh(MeshConfig(dcn_data=2), chips("v6e:4x4")[:4])
 
 
 AXES = {"wq": ("embed", "heads", "head_dim"), "wk": ("embed", "kv_heads", "head_dim"), "norm": (None,)}

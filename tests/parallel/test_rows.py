@@ -84,7 +84,7 @@ def test_stand_ins_match_libtpu(topology):
   real = topologies.get_topology_desc(topology, platform="tpu").devices
   fake = {c.coords: c for c in chips(topology)}
   groups = lambda ds: {
-    frozenset(d.coords for d in ds if d.process_index == p) for p in {d.process_index for d in ds}
+    frozenset(tuple(d.coords) for d in ds if d.process_index == p) for p in {d.process_index for d in ds}
   }
   assert {tuple(d.coords) for d in real} == set(fake)
   assert groups(real) == groups(list(fake.values()))

@@ -6,8 +6,8 @@ without libtpu; `test_rows.py` compares with libtpu's own topologies where it is
 
 import dataclasses
 
-HOSTS = {"v5p": (2, 2, 1), "v6e": (4, 2, 1)}  # chips of one host, by axis
-KINDS = {"v5p": "TPU v5p", "v6e": "TPU v6 lite"}
+HOSTS = {"v5p": (2, 2, 1), "v6e": (2, 2, 1)}  # chips of one host, by axis
+KINDS = {"v5p": "TPU v5", "v6e": "TPU v6 lite"}
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -22,7 +22,7 @@ class Chip:
 
 
 def chips(name: str, slices: int = 1) -> list[Chip]:
-  """Chips of "v5p:4x4x4" or "v6e:16x16" in the order of `jax.devices()`: x fastest, by process."""
+  """Chips of "v5p:4x4x4" or "v6e:16x16" in the order of `jax.devices()`: by process, then x fastest."""
   generation, shape = name.split(":")
   dims = tuple(int(s) for s in shape.split("x"))
   dims += (1,) * (3 - len(dims))
@@ -36,5 +36,5 @@ def chips(name: str, slices: int = 1) -> list[Chip]:
           hx, hy, hz = x // host[0], y // host[1], z // host[2]
           process = hx + grid[0] * (hy + grid[1] * (hz + grid[2] * s))
           out.append((process, (x, y, z), s))
-  out.sort(key=lambda c: (c[2], c[0], c[1][::-1]))
-  return [Chip(i, xyz, p, KINDS[generation], s) for i, (p, xyz, s) in enumerate(out)]
+  out = [Chip(i, xyz, p, KINDS[generation], s) for i, (p, xyz, s) in enumerate(out)]
+  return sorted(out, key=lambda c: (c.process_index, c.id))

@@ -159,7 +159,7 @@ def classify(code: Array, lo: Array, hi: Array, tiles: Tiles) -> tuple[Array, Ar
 
 def _compact(active: Array, full: Array) -> TileList:
   """Lists the set entries of active [g, lines, T, columns], line by line."""
-  groups, lines, terms, columns = active.shape
+  groups, _, terms, columns = active.shape
   packed = jnp.arange(columns, dtype=jnp.int32) | (jnp.arange(terms, dtype=jnp.int32)[:, None] << _COLUMN_BITS)
   packed = (packed | (full.astype(jnp.int32) << (_COLUMN_BITS + 2))).reshape(groups, -1)
   flat = active.reshape(groups, -1)

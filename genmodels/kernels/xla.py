@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from genmodels.kernels import tiles as tile_lists
 from genmodels.kernels.tiles import Plan, TileList
+from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
@@ -35,11 +36,8 @@ class _Options(NamedTuple):
 
 def attend(q: Array, k: Array, v: Array, plan: Plan, scale: float, soft_cap: float | None):
   """out [B, Lq, H, Dv], lse float32[B, H, Lq]; arguments as in `kernels.attention`."""
-  # Inside shard_map all operands must vary over the same axes; the transpose of this (a psum) is how
-  # a replicated k or v gets its summed gradient.
-  axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves((q, k, v, plan))))
-  q, k, v, plan = jax.tree.map(lambda x: _vary(x, axes), (q, k, v, plan))
-  return _attend(_Options(scale, soft_cap), q, k, v, plan)
+  operands = (q, k, v, plan)
+  return _attend(_Options(scale, soft_cap), *vary(operands, axes_of(operands)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -206,14 +204,3 @@ def _mask_tiles(plan: Plan):
     for x in (plan.lo, plan.hi)
   )
   return lo, hi, plan.code.reshape(g, r, -1, plan.tiles.k).transpose(0, 2, 1, 3)
-
-
-def _axes(x: Array) -> frozenset:
-  """Mesh axes over which x varies inside a shard_map that checks; none elsewhere."""
-  kind = jax.typeof(x).manual_axis_type
-  return frozenset() if kind is None else kind.varying
-
-
-def _vary(x: Array, axes: frozenset) -> Array:
-  missing = tuple(sorted(axes - _axes(x)))
-  return jax.lax.pcast(x, missing, to="varying") if missing else x

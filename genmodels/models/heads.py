@@ -14,10 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from genmodels.contracts import Target, pytree
-from genmodels.kernels.cross_entropy import chunked_map
+from genmodels.kernels.cross_entropy import chunked_map, project
 from genmodels.models import attend
 from genmodels.models.config import Head, TrunkConfig
 from genmodels.models.layers import Linear
@@ -31,7 +32,8 @@ class Categorical:
   """Softmax over `vocab` classes; classes in `head.forbid` have probability 0.
 
   Fields:
-    hidden: [B, M, D]; weight: [D, Vp], bias: [Vp] or None; Vp ≥ vocab, columns beyond are padding.
+    hidden: [B, M, D]; weight: [D, Vp], or [Vp, D] of a tied head; bias: [Vp] or None; Vp ≥ vocab,
+      classes beyond are padding.
     valid: bool[B, M]; everything is 0 elsewhere, and chunks without a valid position are skipped.
   """
 
@@ -56,39 +58,44 @@ class Categorical:
       fn's pytree with leaves [B, M, …], zero where invalid.
     """
     B, M = self.valid.shape
-    head = self.head
+    xs, tree = jax.tree.flatten(xs)
 
-    def logits_of(raw, bias):
-      raw = raw[:, : self.vocab].astype(jnp.float32)
-      if bias is not None:
-        raw = raw + bias[: self.vocab].astype(jnp.float32)
-      if head.soft_cap is not None:
-        raw = head.soft_cap * jnp.tanh(raw / head.soft_cap)
-      if head.forbid:
-        dead = jnp.zeros((self.vocab,), bool).at[jnp.asarray(head.forbid)].set(True)
-        raw = jnp.where(dead, -jnp.inf, raw)
-      return raw
+    def logits_of(weight, hidden):
+      return self._logits(project(weight[0], hidden, self.head.tied), weight[1])
 
-    def local(hidden, weight, bias, valid, xs):
+    def local(hidden, weight, valid, xs):
       b, m = valid.shape
       flat = lambda x: x.reshape(b * m, *x.shape[2:])
       out = chunked_map(
         flat(hidden),
         weight,
         flat(valid),
-        lambda raw, *xs: fn(logits_of(raw, bias), *xs),
-        jax.tree.map(flat, xs),
-        min(head.chunk, b * m),
+        lambda logits, *xs: fn(logits, *jax.tree.unflatten(tree, xs)),
+        [flat(x) for x in xs],
+        chunk=self.head.chunk,
+        logits_fn=logits_of,
       )
       return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), out)
 
-    args = self.hidden, self.weight, self.bias, self.valid, xs
+    args = self.hidden, (self.weight, self.bias), self.valid, xs
     mesh = attend.active_mesh()
     if mesh is None:
       return local(*args)
     rows = P(attend.split(mesh, BATCH_AXES, B), attend.split(mesh, ("context", "tensor"), M))
-    specs = (rows, P(), None if self.bias is None else P(), rows, jax.tree.map(lambda _: rows, xs))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows)(*args)
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=rows)(*args)
+
+  def _logits(self, raw, bias):
+    """Bias, soft cap, forbidden classes; the vocabulary's padding is cut off."""
+    raw = raw[:, : self.vocab]
+    if bias is not None:
+      raw = raw + bias[: self.vocab].astype(jnp.float32)
+    if self.head.soft_cap is not None:
+      raw = self.head.soft_cap * jnp.tanh(raw / self.head.soft_cap)
+    if self.head.forbid:
+      dead = np.zeros((self.vocab,), bool)
+      dead[list(self.head.forbid)] = True
+      raw = jnp.where(dead, -jnp.inf, raw)
+    return raw
 
   def nll(self, value: Array) -> Array:
     """float32[B, M], −ln p(value), value int32[B, M]; inf at a class of probability 0."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 
-def llama(width, layers, heads, kv_heads, mlp, vocab, **fields) -> dict[str, Any]:
+def llama(width, layers, num_heads, kv_heads, mlp, vocab, **fields) -> dict[str, Any]:
   """Llama 2 and 3 class: RMSNorm, SwiGLU, half-split RoPE, no biases."""
   return dict(
     width=width,
     layers=layers,
-    num_heads=heads,
+    num_heads=num_heads,
     num_kv_heads=kv_heads,
     mlp=mlp,
     vocab=vocab,

@@ -172,7 +172,7 @@ class Heads(nn.Module):
       size = cfg.vocab_padded if head.size is None else head.size
       bias = None
       if head.tied:
-        weight = tables["tokens"].astype(jnp.dtype(cfg.dtype)).T
+        weight = tables["tokens"].astype(jnp.dtype(cfg.dtype))
         if head.bias:
           bias = self.param(f"{name}_bias", param_init(0.0, ("vocab",)), (size,), jnp.dtype(cfg.param_dtype))
       else:

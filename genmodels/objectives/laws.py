@@ -53,15 +53,15 @@ def check(objective) -> list[str]:
       targets = [(int(s), n) for n, s in enumerate(slot) if s >= 0]
       leaks = mask_laws.leak_closure(dense, carries, targets)
       if leaks:
-        q, n = leaks[0]
+        _, _, n = leaks[0]
         raise ConfigError(
-          f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} of {len(targets)} "
-          "targets leak on a symbolic row)",
+          f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} paths "
+          "on a symbolic row)",
           key=f"objective.terms.{name}", value=dataclasses.asdict(term) | {"scale": term.scale.to_json()},
           fix="a shifted loss needs a causal stream; noisy queries may see clean tokens of earlier blocks only",
         )  # fmt: skip
     clean = copy < 0
-    if objective.layout.noisy and clean.any() and not mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):
+    if mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):
       raise ConfigError(
         "a clean slot sees a noisy one, so changing the noise changes the clean stream",
         key="objective.masks", value=dict(objective.masks), fix="remove the clean → noisy relation",

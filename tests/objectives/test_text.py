@@ -10,7 +10,8 @@ import pytest
 
 from genmodels import config, models, objectives
 from genmodels.contracts import CONTEXT, TEXT, Documents, Target, token_row
-from genmodels.masks import AttnMask, builders
+from genmodels.masks import AttnMask
+from genmodels.objectives import laws
 from genmodels.objectives import Nets, Objective
 
 V, MASK = 11, 10
@@ -184,7 +185,7 @@ def test_causal_clean_stream_is_the_ar_model():
   np.testing.assert_allclose(np.asarray(loss(obj, row, term="ar")[1]), np.asarray(loss(ar(), row)[1]), atol=1e-5)
   # A block-bidirectional clean stream is another model, and the laws refuse an AR loss on it.
   with pytest.raises(config.ConfigError, match="reaches that token's clean identity"):
-    objectives.laws.check(dataclasses.replace(obj, masks={"full": "bd3"}))
+    laws.check(dataclasses.replace(obj, masks={"full": "bd3"}))
 
 
 def _docs(ids):

@@ -91,11 +91,15 @@ class Latent:
     return None
 
   def encode_side(self, side: Mapping[str, Array]) -> Array | None:
-    """Codes [B, D, n] of the images in a row's side tables; None if the row brings codes of its own.
+    """Codes [B, D, n] (continuous: [B, D, n, F]) of a row's side tables; None if its tokens are the codes.
+
+    A table "codes" is taken as it is (encoded before, or being generated), else `table` is encoded.
 
     Raises:
       ValueError: the table has another number of pixels.
     """
+    if "codes" in side:
+      return side["codes"]
     if self.table not in side:
       return None
     x = side[self.table]

@@ -282,8 +282,16 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.flow import TextImageFlow
+  from genmodels.objectives.image import NextScale, NextTokenImage
 
-  return {"tokens": Objective, "block_distill": BlockDistill}
+  return {
+    "tokens": Objective,
+    "block_distill": BlockDistill,
+    "next_token_image": NextTokenImage,
+    "next_scale": NextScale,
+    "text_image_flow": TextImageFlow,
+  }
 
 
 def build(section, meta: Mapping[str, Any] | None = None) -> Objective:

@@ -223,10 +223,19 @@ def labels(cfg: OptimConfig, abstract_params: Any, logical_axes: Any) -> Any:
 
 
 def trainable(cfg: OptimConfig, abstract_params: Any) -> Any:
-  """bool tree: leaves that are updated. The step differentiates with respect to these alone."""
+  """bool tree: the leaves that are updated, for `stop_frozen`."""
   paths = state_lib.param_paths(abstract_params)
   frozen = _match(cfg.freeze, paths, "freeze")
   return _tree(abstract_params, [p not in frozen for p in paths])
+
+
+def stop_frozen(params: Any, mask: Any) -> Any:
+  """The parameters with gradients stopped where `mask` (from `trainable`) is False.
+
+  Applied inside the loss, it makes the compiler drop the weight gradients of a frozen base and keeps
+  them out of the gradient norm that the guard sees.
+  """
+  return jax.tree.map(lambda p, keep: p if keep else jax.lax.stop_gradient(p), params, mask)
 
 
 def build(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genmodels import optim
+from genmodels import metrics, optim
 from genmodels.contracts import Row
 from genmodels.objectives.base import Nets, Objective
 from genmodels.state import TrainState
@@ -76,6 +76,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   cfg: StepConfig = StepConfig(),
   latent: Any = None,
+  sources: int = 1,
 ) -> Callable[[TrainState, Row, Array], tuple[TrainState, dict]]:
   """Builds step(state, row, key) -> (state, metrics), to be jitted with the state donated.
 
@@ -84,10 +85,12 @@ def make_train_step(
     fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; "model" is trained.
     tx: the optimiser of trees["model"].
     latent: the bound Latent, or None.
+    sources: data sources, for the loss by source (only where there are several).
 
   Returns:
-    The step. Its metrics: "loss", "loss/<term>", ratios, "grad_norm", "update_norm", "skipped",
-    "work" {"slots", "pairs/<pattern>"} (float32 sums), "per_source" sums and counts.
+    The step. Its metrics: scalars "loss", "loss/<term>", "denominator/<term>", ratios, "grad_norm",
+    "update_norm", "skipped"; and trees "work" (objectives.base.work by network) and "source"
+    {term: {"sum", "weight"}[sources]}.
   """
   scales = {name: t.scale for name, t in objective.terms.items()}
 
@@ -97,17 +100,15 @@ def make_train_step(
   def gradients(params, trees, row, key, step, total):
     def loss_of(params):
       nets = bind(fns, {**trees, "model": params}, latent)
-      sums, _, metrics = objective.run(nets, row, key, step)
+      sums, _, aux = objective.run(nets, row, key, step)
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
-      return loss, (sums, reduced(metrics, row))
+      # Per-token values become sums here, so that micro-batches add up.
+      source = {t: metrics.by_group(v, jnp.ones_like(v), metrics.source_of(row), sources)
+                for t, v in aux["per_token"].items() if sources > 1 and v.shape == row.doc.shape}
+      return loss, (sums, {"ratios": aux["ratios"], "work": aux.get("work", {}), "source": source})
 
-    (loss, (sums, metrics)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return grads, {"loss": loss, "sums": sums, **metrics}
-
-  def reduced(metrics, row):
-    """Per-token metrics to sums, so that micro-batches add up."""
-    out = {"ratios": metrics["ratios"], "work": metrics.get("work", {})}
-    return out
+    (loss, (sums, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return grads, {"loss": loss, "sums": sums, **aux}
 
   def step_fn(state: TrainState, row: Row, key: Array) -> tuple[TrainState, dict]:
     params, step = state.trees["model"], state.step
@@ -139,7 +140,7 @@ def make_train_step(
       stats["guard"] = guard
     if "ema_count" in stats:
       stats["ema_count"] = stats["ema_count"] + ok.astype(jnp.int32)
-    metrics = {
+    out = {
       "loss": m["loss"],
       **{f"loss/{t}": s / jnp.maximum(total[t], 1e-6) for t, s in m["sums"].items()},
       **{f"denominator/{t}": d for t, d in total.items()},
@@ -148,8 +149,9 @@ def make_train_step(
       "update_norm": optax.global_norm(updates),
       "skipped": jnp.logical_not(ok).astype(jnp.int32),
       "work": m["work"],
+      "source": m["source"],
     }
-    return TrainState(step + 1, trees, {**state.opt, "model": opt}, stats), metrics
+    return TrainState(step + 1, trees, {**state.opt, "model": opt}, stats), out
 
   return step_fn
 

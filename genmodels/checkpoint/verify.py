@@ -107,7 +107,7 @@ def leaf_digest(x: jax.Array) -> jax.Array:
   return jnp.stack(sums)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _digest_all(mesh: Mesh | None):
   out = None if mesh is None else NamedSharding(mesh, PartitionSpec())
   return jax.jit(lambda leaves: jnp.stack([leaf_digest(x) for x in leaves]), out_shardings=out)

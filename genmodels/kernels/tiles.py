@@ -40,11 +40,11 @@ class Tiles(NamedTuple):
 
 @pytree()
 class TileList:
-  """Entries in rows: entries of line n are entry[start[n] : start[n + 1]].
+  """Entries by line: those of line n of group g are entry[g, start[g, n] : start[g, n + 1]].
 
   Fields:
-    start: int32[lines + 1].
-    entry: int32[capacity].
+    start: int32[g, lines + 1].
+    entry: int32[g, capacity].
   """
 
   start: Array
@@ -70,9 +70,12 @@ def is_full(entry: Array) -> Array:
 class Plan:
   """A mask, padded to tiles, with its tile lists. Build it once per batch; every layer shares it.
 
+  The leading axis of every array is the mask's rows or groups of them: a plan built outside
+  shard_map is sharded like the batch (P(batch axes) for all leaves; replicated if the mask is shared).
+
   Fields:
     code: int32[B, J·k], lo, hi: int32[B, T, I·q], padded with hidden keys and empty queries.
-    by_query: TileList with lines (g, I), columns J; by_key: lines (g, J), columns I.
+    by_query: TileList with lines I, columns J; by_key: lines J, columns I.
     tiles: Tiles; lengths: (Lq, Lk) before padding. Static.
   """
 
@@ -92,10 +95,14 @@ class Plan:
 
 
 def default_tiles(rows: int, lq: int, lk: int) -> Tiles:
-  """Tiles for the XLA path, from measurements on CPU (docs/masks.md)."""
-  edge = 128 if max(lq, lk) <= 2048 else 256
-  group = rows if max(lq, lk) <= 1024 else 1
-  return Tiles(min(edge, _up(lq, 8)), min(edge, _up(lk, 8)), group)
+  """Tiles for the XLA path: small on a CPU (measured, docs/masks.md), large elsewhere (unmeasured)."""
+  length = max(lq, lk)
+  if jax.default_backend() == "cpu":
+    edge, work = (64 if length <= 1024 else 128 if length <= 2048 else 256), 64 * 64
+  else:
+    edge, work = 512, 512 * 512
+  q, k = min(edge, _up(lq, 8)), min(edge, _up(lk, 8))
+  return Tiles(q, k, next(r for r in range(rows, 0, -1) if rows % r == 0 and (r == 1 or r * q * k <= work)))
 
 
 def plan(mask: AttnMask, tiles: Tiles | tuple[int, ...] | None = None) -> Plan:
@@ -119,11 +126,8 @@ def plan(mask: AttnMask, tiles: Tiles | tuple[int, ...] | None = None) -> Plan:
   code = _pad(mask.code, 1, tiles.k, CODE_HIDDEN)
   lo, hi = _pad(mask.lo, 2, tiles.q, 0), _pad(mask.hi, 2, tiles.q, 0)
   active, full = classify(code, lo, hi, tiles)
-  lines = active.shape[0] * active.shape[1]
-  by_query = _compact(active.reshape(lines, -1), full.reshape(lines, -1), T)
-  active, full = (x.transpose(0, 3, 2, 1) for x in (active, full))
-  lines = active.shape[0] * active.shape[1]
-  by_key = _compact(active.reshape(lines, -1), full.reshape(lines, -1), T)
+  by_query = _compact(active, full)
+  by_key = _compact(active.transpose(0, 3, 2, 1), full.transpose(0, 3, 2, 1))
   return Plan(code, lo, hi, by_query, by_key, tiles, (lq, lk))
 
 
@@ -153,18 +157,16 @@ def classify(code: Array, lo: Array, hi: Array, tiles: Tiles) -> tuple[Array, Ar
   return grouped(active, jnp.any), grouped(full, jnp.all)
 
 
-def _compact(active: Array, full: Array, terms: int) -> TileList:
-  """Lists the set entries of active [lines, T·columns], line by line."""
-  width = active.shape[1]
-  columns = width // terms
-  number = jnp.arange(width, dtype=jnp.int32)
-  packed = (number % columns) | ((number // columns) << _COLUMN_BITS)
-  packed = packed[None] | (full.astype(jnp.int32) << (_COLUMN_BITS + 2))
-  flat = active.reshape(-1)
-  place = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, flat.size)
-  entry = jnp.zeros((flat.size,), jnp.int32).at[place].set(packed.reshape(-1), mode="drop")
-  counts = jnp.cumsum(active.sum(1, dtype=jnp.int32), dtype=jnp.int32)
-  return TileList(jnp.concatenate([jnp.zeros((1,), jnp.int32), counts]), entry)
+def _compact(active: Array, full: Array) -> TileList:
+  """Lists the set entries of active [g, lines, T, columns], line by line."""
+  groups, _, terms, columns = active.shape
+  packed = jnp.arange(columns, dtype=jnp.int32) | (jnp.arange(terms, dtype=jnp.int32)[:, None] << _COLUMN_BITS)
+  packed = (packed | (full.astype(jnp.int32) << (_COLUMN_BITS + 2))).reshape(groups, -1)
+  flat = active.reshape(groups, -1)
+  place = jnp.where(flat, jnp.cumsum(flat, axis=1, dtype=jnp.int32) - 1, flat.shape[1])
+  entry = jax.vmap(lambda p, x: jnp.zeros_like(x).at[p].set(x, mode="drop"))(place, packed)
+  start = jnp.cumsum(active.sum((2, 3), dtype=jnp.int32), axis=1, dtype=jnp.int32)
+  return TileList(jnp.pad(start, ((0, 0), (1, 0))), entry)
 
 
 def _up(n: int, multiple: int) -> int:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from genmodels.kernels import tiles as tile_lists
-from genmodels.kernels.tiles import Plan
+from genmodels.kernels.tiles import Plan, TileList
+from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
@@ -35,11 +36,8 @@ class _Options(NamedTuple):
 
 def attend(q: Array, k: Array, v: Array, plan: Plan, scale: float, soft_cap: float | None):
   """out [B, Lq, H, Dv], lse float32[B, H, Lq]; arguments as in `kernels.attention`."""
-  # Inside shard_map all operands must vary over the same axes; the transpose of this (a psum) is how
-  # a replicated k or v gets its summed gradient.
-  axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves((q, k, v, plan))))
-  q, k, v, plan = jax.tree.map(lambda x: _vary(x, axes), (q, k, v, plan))
-  return _attend(_Options(scale, soft_cap), q, k, v, plan)
+  operands = (q, k, v, plan)
+  return _attend(_Options(scale, soft_cap), *vary(operands, axes_of(operands)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,7 +60,7 @@ def _forward(options, q, k, v, plan):
 
     def body(e, carry):
       top, total, acc = carry
-      entry = plan.by_query.entry[e]
+      entry = plan.by_query.entry[group, e]
       j, t = tile_lists.column(entry), tile_lists.term(entry)
       s, _ = _scores(options, q, kt[group, j], lo[t], hi[t], code[group, j])
       new = jnp.maximum(top, s.max(-1))
@@ -72,15 +70,15 @@ def _forward(options, q, k, v, plan):
       acc = acc * shrink[..., None] + _dot("rhxj,rhjd->rhxd", p.astype(value.dtype), value)
       return new, total * shrink + p.sum(-1), acc
 
-    zero = _zeros_from(q[..., 0], (), jnp.float32)
-    init = zero + _FLOOR, zero, jnp.zeros((dv,), jnp.float32) + zero[..., None]
+    # Zeros are made from the operands: in shard_map a carry must vary over the axes they vary over.
+    zero = jnp.zeros_like(q[..., 0], jnp.float32)
+    init = zero + _FLOOR, zero, zero[..., None] + jnp.zeros((dv,), jnp.float32)
     top, total, acc = jax.lax.fori_loop(start, stop, body, init)
     some = total > 0
     safe = jnp.where(some, total, 1)
     return None, ((acc / safe[..., None]).astype(q.dtype), jnp.where(some, top + jnp.log(safe), -jnp.inf))
 
-  start = plan.by_query.start
-  xs = (jnp.arange(lines, dtype=jnp.int32), qt, lo, hi, start[:-1], start[1:])
+  xs = (jnp.arange(lines, dtype=jnp.int32), qt, lo, hi, *_ranges(plan.by_query))
   _, (out, lse) = jax.lax.scan(line, None, xs)
   out = checkpoint_name(_from_query_tiles(out, B, lq, H), "attn_out")
   lse = checkpoint_name(_from_query_tiles(lse[..., None], B, lq, H)[..., 0].transpose(0, 2, 1), "attn_lse")
@@ -106,12 +104,11 @@ def _backward(options, residuals, cotangents):
 
   def line(dq, x):
     n, k, v, code, start, stop = x
-    first = (n // J) * I
 
     def body(e, carry):
       dk, dv, dq = carry
-      entry = plan.by_key.entry[e]
-      i, t = first + tile_lists.column(entry), tile_lists.term(entry)
+      entry = plan.by_key.entry[n // J, e]
+      i, t = n // J * I + tile_lists.column(entry), tile_lists.term(entry)
       q, g = qt[i], gt[i]
       s, slope = _scores(options, q, k, lo[i, t], hi[i, t], code)
       p = jnp.exp(s - rows[i, ..., :1])
@@ -123,14 +120,13 @@ def _backward(options, residuals, cotangents):
       dq = dq.at[i].add(_dot("rhxj,rhjd->rhxd", ds, k), mode="promise_in_bounds")
       return dk, dv, dq
 
-    init = _zeros_from(k, (), jnp.float32), _zeros_from(v, (), jnp.float32), dq
+    init = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32), dq
     dk, dv, dq = jax.lax.fori_loop(start, stop, body, init)
     return dq, (dk * options.scale, dv)
 
-  start = plan.by_key.start
   flat = [x.reshape(groups * J, *x.shape[2:]) for x in (kt, vt, code)]
-  xs = (jnp.arange(groups * J, dtype=jnp.int32), *flat, start[:-1], start[1:])
-  dq, (dk, dv) = jax.lax.scan(line, _zeros_from(qt, (), jnp.float32), xs)
+  xs = (jnp.arange(groups * J, dtype=jnp.int32), *flat, *_ranges(plan.by_key))
+  dq, (dk, dv) = jax.lax.scan(line, jnp.zeros_like(qt, jnp.float32), xs)
   dq = _from_query_tiles(dq * options.scale, B, lq, H).astype(q.dtype)
   dk, dv = (_from_key_tiles(x, groups, B, k.shape[1]) for x in (dk, dv))
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
@@ -158,6 +154,11 @@ def _scores(options, q, k, lo, hi, code):
 
 def _dot(spec, a, b):
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _ranges(tiles: TileList) -> tuple[Array, Array]:
+  """First and last + 1 entry of every line, int32[(g, line)]."""
+  return tiles.start[:, :-1].reshape(-1), tiles.start[:, 1:].reshape(-1)
 
 
 def _groups(plan: Plan, B: int) -> tuple[int, int]:
@@ -203,17 +204,3 @@ def _mask_tiles(plan: Plan):
     for x in (plan.lo, plan.hi)
   )
   return lo, hi, plan.code.reshape(g, r, -1, plan.tiles.k).transpose(0, 2, 1, 3)
-
-
-def _zeros_from(x: Array, extra: tuple[int, ...], dtype) -> Array:
-  """Zeros of x's shape that vary over the mesh axes x varies over (loop carries must, in shard_map)."""
-  return _vary(jnp.zeros(x.shape + extra, dtype), _axes(x))
-
-
-def _axes(x: Array) -> frozenset:
-  return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
-
-
-def _vary(x: Array, axes: frozenset) -> Array:
-  missing = tuple(axes - _axes(x))
-  return jax.lax.pcast(x, missing, to="varying") if missing else x

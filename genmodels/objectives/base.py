@@ -17,7 +17,7 @@ from typing import Any, Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from genmodels import config, corruption, layouts, rows
+from genmodels import config, corruption, layouts, metrics, rows
 from genmodels.config import Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
@@ -240,7 +240,7 @@ class Objective:
 
     Returns:
       ({term: float32 sum of weight·nll}, {"per_token": {term: float32[B, M] weight·nll},
-      "ratios": {name: (sum, count)}}).
+      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}.
     """
     per_token, ratios = {}, {}
     for name, t in targets.items():
@@ -254,8 +254,8 @@ class Objective:
     """One evaluation of the loss: ({term: sum}, {term: denominator}, metrics)."""
     inputs, targets, denominators = self.prepare(row, key, step, nets.latent)
     outputs = nets["model"](inputs, targets)
-    sums, metrics = self.loss(outputs, targets)
-    return sums, denominators, metrics
+    sums, aux = self.loss(outputs, targets)
+    return sums, denominators, aux | {"work": {"model": work(outputs, targets)}}
 
   def denominators(self, row: Row, key: Array, step, latent=None) -> dict[str, Array]:
     """The denominators alone; XLA drops the rest of `prepare`."""
@@ -264,13 +264,29 @@ class Objective:
   def bound(self, nets: Nets, row: Row, key: Array, r, R) -> tuple[Array, Array]:
     """Draw r of R of the negative log-likelihood (bound) in nats, and tokens, per document [B, D]."""
     inputs, targets, _ = self.prepare(row, key, 0, nets.latent, bound=(r, R))
-    _, metrics = self.loss(nets["model"](inputs, targets), targets)
+    _, aux = self.loss(nets["model"](inputs, targets), targets)
     D = row.docs.occurrence.shape[1]
     predicted = eligible(row)
     if self.terms[self.likelihood].align != "same":  # a document's first token has no slot before it
       predicted &= rows.coordinates(row.doc) > rows.doc_bounds(row.doc)[0]
-    nll = metrics["per_token"][self.likelihood]
+    nll = aux["per_token"][self.likelihood]
     return rows.per_doc(row.doc, nll, D), rows.per_doc(row.doc, predicted.astype(jnp.float32), D)
+
+
+def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
+  """What a network call executed, as sums that add up over micro-batches; see metrics.step_flops.
+
+  Returns:
+    {"slots": int32, "pairs": {pattern: uint32[4] limbs}, "reads": {head: int32}}; {} for a network that
+    does not count.
+  """
+  if not outputs.work:
+    return {}
+  reads = {}
+  for t in targets.values():
+    reads[t.head] = reads.get(t.head, 0) + jnp.sum(t.slot >= 0)
+  pairs = {pattern: metrics.limbs(count) for pattern, count in outputs.work["pairs"].items()}
+  return {"slots": jnp.asarray(outputs.work["slots"], jnp.int32), "pairs": pairs, "reads": reads}
 
 
 def _built(registry, section, where):

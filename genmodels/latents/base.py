@@ -68,6 +68,11 @@ class Latent:
     """Pixels of an image: likelihoods are reported per pixel."""
     return self.side**2
 
+  @property
+  def meta(self) -> dict[str, int]:
+    """What the model section may leave open: {"vocab": codes} of a discrete latent."""
+    return {"vocab": self.vocab} if self.vocab else {}
+
   # -- functions -------------------------------------------------------------------------------------
 
   def encode(self, pixels: Array) -> Array:

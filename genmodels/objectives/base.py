@@ -172,6 +172,14 @@ class Objective:
     value = self.mask_id if noise.value is None else jnp.take_along_axis(noise.value.reshape(B, -1), at, 1)
     return jnp.where(hit, value, token)
 
+  def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
+    """bool[B, S, N]: the tokens that a slot's input holds something of. Quadratic: for the leak law."""
+    B, N = row.tokens.shape
+    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
+    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1)
+    shown = (slots.src >= 0) & ((copy < 0) | ~hit)  # a noisy slot shows its token where that was not hit
+    return shown[..., None] & (slots.src[..., None] == rows.coordinates(row.doc)[:, None])
+
   def read(self, row: Row, noise: Noise, slots: Slots, term: Term) -> Array:
     """int32[B, N]: the slot whose hidden state predicts token n under the term's alignment."""
     streams = self.layout.streams

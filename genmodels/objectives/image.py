@@ -181,14 +181,18 @@ class NextScale(Image):
   masks: dict = dataclasses.field(default_factory=lambda: {"full": "block_causal"})
   terms: dict = dataclasses.field(default_factory=lambda: {"text": {"align": "same"}})
 
-  shows_tokens = False  # the slot of a token shows nothing of it
-
   def __post_init__(self):
     super().__post_init__()
     if self.layout.streams != (CLEAN,):
       raise ValueError(f"layout.streams is {self.layout.streams}; next-scale images have the clean stream ('c',) only")
     if not self.corruption.blocks.sizes:
       raise ValueError("corruption.blocks.sizes is empty; name the tokens of each scale, for example (1, 4, 16, 64)")
+
+  def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
+    """A slot holds something of every code of the scales before its own, and of no other."""
+    n = rows.coordinates(row.doc)[:, None]
+    earlier = (n >= slots.doc_lo[..., None]) & (n < slots.blk_lo[..., None])
+    return (slots.src >= 0)[..., None] & earlier
 
   def inputs(self, row: Row, noise: Noise, slots: Slots, latent=None) -> Inputs:
     base = super().inputs(row, noise, slots, latent)

@@ -36,16 +36,14 @@ def check(objective) -> list[str]:
     with jax.ensure_compile_time_eval():
       noise = objective.corruption.draw(row, jax.random.key(0), step)
       slots = objective.layout.arrange(row, noise)
-      _, read = objective.view(row, noise)
+      read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
+      carries = np.asarray(objective.carries(row, noise, slots))[0]
       dense = np.asarray(
         np.any([np.asarray(r.mask(slots).to_dense())[0] for r in objective.relations.values()], axis=0)
       )
     hit = np.asarray(noise.hit)[0]
     src, stream, copy_of = np.asarray(slots.src)[0], np.asarray(slots.stream)[0], objective.layout.copy_of()
     copy = copy_of[stream]
-    # A noisy slot carries its token's identity only where the token was not hit.
-    shows = (src >= 0) & np.where(copy < 0, True, ~hit[np.maximum(copy, 0), np.maximum(src, 0)])
-    carries = np.where(shows, src, -1)
     for name, term in objective.terms.items():
       c = max(int(copy_of[objective.layout.streams.index(term.stream)]), 0)
       asked = (role[0] == TEXT) & (_DOC[0] >= 0) & (hit[c] if term.on == "hit" else True)

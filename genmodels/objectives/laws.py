@@ -41,14 +41,11 @@ def check(objective) -> list[str]:
     slots = objective.layout.arrange(row, noise)
     read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
     dense = jnp.any(jnp.stack([r.mask(slots).to_dense()[0] for r in objective.relations.values()]), 0)
-    return noise.hit[0], slots.src[0], slots.stream[0], read, dense
+    return noise.hit[0], slots.src[0], slots.stream[0], read, dense, objective.carries(row, noise, slots)[0]
 
   for step in _steps(objective):
-    hit, src, stream, read, dense = jax.tree.map(np.asarray, symbolic(jnp.int32(step)))
+    hit, src, stream, read, dense, carries = jax.tree.map(np.asarray, symbolic(jnp.int32(step)))
     copy = copy_of[stream]
-    # A noisy slot carries its token's identity only where the token was not hit.
-    shows = (src >= 0) & np.where(copy < 0, True, ~hit[np.maximum(copy, 0), np.maximum(src, 0)])
-    carries = np.where(shows, src, -1)
     for name, term in objective.terms.items():
       c = max(int(copy_of[objective.layout.streams.index(term.stream)]), 0)
       asked = (role[0] == TEXT) & (_DOC[0] >= 0) & (hit[c] if term.on == "hit" else True)

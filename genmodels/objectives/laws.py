@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genmodels.config import ConfigError
@@ -32,36 +33,35 @@ def check(objective) -> list[str]:
   role = np.full(_DOC.shape, TEXT)
   role[0, [0, 11, 12]] = CONTEXT
   row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=2)
+  copy_of = objective.layout.copy_of()
+
+  @jax.jit  # one small program; op by op it would be a hundred
+  def symbolic(step):
+    noise = objective.corruption.draw(row, jax.random.key(0), step)
+    slots = objective.layout.arrange(row, noise)
+    read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
+    dense = jnp.any(jnp.stack([r.mask(slots).to_dense()[0] for r in objective.relations.values()]), 0)
+    return noise.hit[0], slots.src[0], slots.stream[0], read, dense, objective.carries(row, noise, slots)[0]
+
   for step in _steps(objective):
-    with jax.ensure_compile_time_eval():
-      noise = objective.corruption.draw(row, jax.random.key(0), step)
-      slots = objective.layout.arrange(row, noise)
-      _, read = objective.view(row, noise)
-      dense = np.asarray(
-        np.any([np.asarray(r.mask(slots).to_dense())[0] for r in objective.relations.values()], axis=0)
-      )
-    hit = np.asarray(noise.hit)[0]
-    src, stream, copy_of = np.asarray(slots.src)[0], np.asarray(slots.stream)[0], objective.layout.copy_of()
+    hit, src, stream, read, dense, carries = jax.tree.map(np.asarray, symbolic(jnp.int32(step)))
     copy = copy_of[stream]
-    # A noisy slot carries its token's identity only where the token was not hit.
-    shows = (src >= 0) & np.where(copy < 0, True, ~hit[np.maximum(copy, 0), np.maximum(src, 0)])
-    carries = np.where(shows, src, -1)
     for name, term in objective.terms.items():
       c = max(int(copy_of[objective.layout.streams.index(term.stream)]), 0)
       asked = (role[0] == TEXT) & (_DOC[0] >= 0) & (hit[c] if term.on == "hit" else True)
-      slot = np.where(asked, np.asarray(read[name])[0], -1)
+      slot = np.where(asked, read[name][0], -1)
       targets = [(int(s), n) for n, s in enumerate(slot) if s >= 0]
       leaks = mask_laws.leak_closure(dense, carries, targets)
       if leaks:
-        q, n = leaks[0]
+        _, _, n = leaks[0]
         raise ConfigError(
-          f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} of {len(targets)} "
-          "targets leak on a symbolic row)",
+          f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} paths "
+          "on a symbolic row)",
           key=f"objective.terms.{name}", value=dataclasses.asdict(term) | {"scale": term.scale.to_json()},
           fix="a shifted loss needs a causal stream; noisy queries may see clean tokens of earlier blocks only",
         )  # fmt: skip
     clean = copy < 0
-    if objective.layout.noisy and clean.any() and not mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):
+    if mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):
       raise ConfigError(
         "a clean slot sees a noisy one, so changing the noise changes the clean stream",
         key="objective.masks", value=dict(objective.masks), fix="remove the clean → noisy relation",

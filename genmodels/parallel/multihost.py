@@ -204,3 +204,10 @@ class Preemption:
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """A global array on the host of every process (a collective with several processes)."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -199,6 +199,7 @@ class _Pieces:
     stride = max(piece_len - 1, 1)
     extra = -(-(lengths[self._long].astype(np.int64) - 1) // stride) - 1
     self._ends = np.cumsum(extra)
+    self._starts = None
     more = int(self._ends[-1]) if len(extra) else 0
     self.size = self.documents + more
     self.tokens = int(np.asarray(lengths).sum(dtype=np.int64)) + more  # overlaps counted
@@ -213,6 +214,15 @@ class _Pieces:
       document[far] = self._long[j]
       piece[far] = at - np.where(j > 0, self._ends[j - 1], 0) + 1
     return document, piece
+
+  def in_order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `locate`, pieces numbered document by document (needs a table of all documents: held-out sets)."""
+    if self._starts is None:
+      count = np.ones(self.documents, np.int64)
+      count[self._long] += np.diff(self._ends, prepend=0)
+      self._starts = np.cumsum(count) - count
+    document = np.searchsorted(self._starts, index, side="right") - 1
+    return document, (index - self._starts[document]).astype(np.int32)
 
   def measure(self, document, piece):
     """start int64[P], length int32[P], context int32[P] of pieces."""
@@ -426,11 +436,9 @@ class Plan:
       epoch, index = np.divmod(p, pieces.size)
       if self.shuffle:
         index = permute(index, pieces.size, hash64(self._key, c, epoch.astype(_U)))
-      document, piece = pieces.locate(index)
-      if not self.shuffle:
-        # One pass in the order of the documents: a document's pieces stand together.
-        order = np.lexsort((piece, document))
-        document, piece, epoch, p = document[order], piece[order], epoch[order], p[order]
+        document, piece = pieces.locate(index)
+      else:
+        document, piece = pieces.in_order(index)
       start, length, context = pieces.measure(document, piece)
       full = np.full(len(p), c, np.int32)
       ptr = np.arange(len(p) + 1)

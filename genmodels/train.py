@@ -163,7 +163,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
-        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents[:8]} …")
+        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")
       if at % tcfg.log_every and at != tcfg.steps:
         return
       for term, sums in m["source"].items():
@@ -197,7 +197,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
             jax.block_until_ready(m)  # several steps in flight deadlock host collectives on few cores
         if pending is not None:
           record(*pending)
-        pending = (at, m, local["example_id"].reshape(-1, 2).tolist())
+        pending = (at, m, _examples(local))
         run.state, run.step = state, at
 
         metric = None
@@ -233,6 +233,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       writer.close()
       progress.close()
   return run
+
+
+def _examples(batch: dict, most: int = 16) -> list:
+  """(source and document, piece) of the first documents of a batch, for messages."""
+  used = [batch["example_id"][b, : d.max() + 1] for b, d in enumerate(batch["doc"])]
+  return np.concatenate(used)[:most].tolist()
 
 
 def _flops(model: metrics.ModelFlops, work: dict, passes: int) -> float:

@@ -310,15 +310,15 @@ def _from_fields(fields, text, prompt):
   return Text(body, given)
 
 
-def read_python(progress: Progress | None = None, limit: int = 0) -> Iterator[Text]:
+def read_python(progress: Progress | None = None, documents: int = 0) -> Iterator[Text]:
   """The Python standard library: sources and docstrings that every machine has, one document a file.
 
-  Files in sorted order, tests and bundled packages left out; `limit` stops after so many bytes (0: all).
+  Files in sorted order, tests and bundled packages left out; `documents` takes the first so many (0: all).
   """
   progress = progress or Progress()
   root = sysconfig.get_paths()["stdlib"]
   leave = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "lib-dynload"}
-  size = 0
+  taken = 0
   for folder, dirs, files in os.walk(root):
     dirs[:] = sorted(d for d in dirs if d not in leave and not d.startswith("config-"))
     for name in sorted(f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")):
@@ -330,8 +330,8 @@ def read_python(progress: Progress | None = None, limit: int = 0) -> Iterator[Te
         progress.bad.append(f"{path}: {e}")
         continue
       yield Text(body, key=os.path.relpath(path, root))
-      size += len(body)
-      if limit and size >= limit:
+      taken += 1
+      if taken == documents:
         return
 
 

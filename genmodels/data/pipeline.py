@@ -1,7 +1,7 @@
 """The pipeline: config section → sources, plan, batches, and the grain iterator that reads them ahead.
 
-A batch is a pure function of (plan, step, rows). Grain is given a source indexed by the step whose element is this
-process's rows of that step: it adds threads, prefetch and seek, and never touches the order.
+A batch is a pure function of (plan, step, rows). Grain is given a source indexed by the step whose element is
+this process's rows of that step: it adds threads, prefetch and seek, and never touches the order.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Data:
   """
 
   def __init__(
-    self, planner: Callable[[int], plans.Plan], readers: list, facts: dict, *, batch_size: int = 0, tokenizer=None,
-    token_bytes=None, held: Callable[[int], Data] | None = None, plan_file: str = "",
+    self, planner: Callable[[int], plans.Plan], readers: list, facts: dict, *, batch_size: int = 0,
+    tokenizer=None, token_bytes=None, held: Callable[[int], Data] | None = None, plan_file: str = "",
   ):  # fmt: skip
     self.readers, self.meta, self.tokenizer = readers, facts, tokenizer
     self._planner, self._batch_size, self._plans = planner, batch_size, {}
@@ -95,7 +95,9 @@ class Data:
     pad = max(self.meta["pad_id"], 0)
     return sources.assemble(plan, self.readers, plan.take(step, rows), pad=pad, axes=self.meta["axes"])
 
-  def batches(self, batch_size: int = 0, ranges: Ranges | None = None, start: int = 0, **kw) -> Iterator[Batch]:
+  def batches(
+    self, batch_size: int = 0, ranges: Ranges | None = None, start: int = 0, **kw
+  ) -> Iterator[Batch]:
     """Batches from step `start` on, read ahead by grain; options of Loader."""
     return Loader(self, ranges, batch_size=batch_size, **kw).at(start)
 
@@ -109,12 +111,13 @@ class Data:
     """
     if self._held is None:
       raise records.DataError(
-        "no held-out documents: prepare the data with --heldout 0.01, or name a directory in data.heldout_path"
+        "no held-out documents: prepare the data with --heldout 0.01, or name a directory in "
+        "data.heldout_path"
       )
     return self._held(batch_size or self._batch_size)
 
   def bytes_of(self, batch: Batch) -> np.ndarray:
-    """Bytes of source data (pixels of an image) that the predicted tokens of each document stand for, int64[b, D].
+    """int64[b, D]: bytes of source data (pixels of an image) that each document's predicted tokens stand for.
 
     Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials count 0.
     """
@@ -161,7 +164,13 @@ class Loader:
   """
 
   def __init__(
-    self, data: Data, ranges: Ranges | None = None, *, batch_size: int = 0, threads: int = 1, prefetch: int = 8
+    self,
+    data: Data,
+    ranges: Ranges | None = None,
+    *,
+    batch_size: int = 0,
+    threads: int = 1,
+    prefetch: int = 8,
   ):
     import grain  # here: it imports jax where it finds it, and preparing or planning data need none of that
 
@@ -284,7 +293,9 @@ class Text(_Planned):
         raise records.DataError(f"{held_paths}: the held-out part is empty; prepare with a larger --heldout")
       parts = [_component(r.path, r, source=i) for i, r in enumerate(held)]
       planner = _planner(self, parts, cost, seed, shuffle=False, epochs=1)
-      return Data(planner, held, facts | {"source_names": tuple(r.path for r in held)}, batch_size=size, **shared)
+      return Data(
+        planner, held, facts | {"source_names": tuple(r.path for r in held)}, batch_size=size, **shared
+      )
 
     return Data(
       _planner(self, components, cost, seed, stages=stages, unit=self.unit), readers, facts,
@@ -333,7 +344,9 @@ class Python(_Planned):
   def _prepared(self, workdir) -> Text:
     if not self.path and not workdir:
       raise config.ConfigError(
-        "kind 'python' prepares its data on first use", key="path", fix="give a workdir, or a path to keep them in"
+        "kind 'python' prepares its data on first use",
+        key="path",
+        fix="give a workdir, or a path to keep them in",
       )
     name = f"python-{self.tokenizer.replace(':', '')}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
@@ -398,7 +411,14 @@ class Digits(_Planned):
     def make(split, size, file="", held=None, **kw):
       planner = _planner(options, [_component("digits", parts[split])], cost, seed, **kw)
       return Data(
-        planner, [parts[split]], facts, batch_size=size, tokenizer=text, token_bytes=table, held=held, plan_file=file
+        planner,
+        [parts[split]],
+        facts,
+        batch_size=size,
+        tokenizer=text,
+        token_bytes=table,
+        held=held,
+        plan_file=file,
       )
 
     heldout = lambda size: make("heldout", size, shuffle=False, epochs=1)
@@ -411,7 +431,8 @@ REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits}
 def meta(section, *, workdir: str = "", where: str = "data") -> dict[str, Any]:
   """Facts that the other sections need, without opening the shards.
 
-  Returns: vocab (ids are below it), values (data are ids below it: vocab where specials stand in between), bos_id, eos_id,
+  Returns: vocab (ids are below it), values (data are ids below it: vocab where specials stand in between),
+  bos_id, eos_id,
     mask_id, pad_id (−1: none), seq_len (N), axes (A), classes (of side/label, 0 none), source_names.
   Raises: ConfigError, or DataError if prepared data are missing.
   """
@@ -426,7 +447,8 @@ def build(
 
   Args:
     section: `dict(kind="text" | "python" | "digits", …)`, or a built component of REGISTRY.
-    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode → {budget: int[P]}.
+    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
+      {budget: int[P]}.
     batch_size: rows of the global batch; 0 leaves it to the calls. seed: the run's.
     workdir: keeps the plan artefact (data_plan.json), checked when the run continues, and prepared data.
   Raises: ConfigError for the section, DataError for what it finds on disk.

@@ -3,17 +3,16 @@
 import numpy as np
 import pytest
 
-from genmodels.data import plan as plans
-from genmodels.data import records
+from genmodels.data import packing, records
 
 
 def ids(document: int, n: int, vocab: int = 1000) -> np.ndarray:
   """Ids of a document, the same on every machine."""
-  return (plans.hash64(np.uint64(document), np.arange(n)) % np.uint64(vocab)).astype(np.int64)
+  return (packing.hash64(np.uint64(document), np.arange(n)) % np.uint64(vocab)).astype(np.int64)
 
 
 def length(document: int, top: int) -> int:
-  return 2 + int(plans.hash64(document, 99)) % top
+  return 2 + int(packing.hash64(document, 99)) % top
 
 
 @pytest.fixture

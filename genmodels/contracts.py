@@ -92,6 +92,7 @@ class Noise:
     level: float32[B, C, N], noise level t in [0, 1].
     hit: bool[B, C, N], corrupted (when sampling: not committed yet).
     marginal: float32[B, C, N], probability that the token was hit given its unit's level or count.
+    nelbo: float32[B, C, N], weight under which the sum of masked cross-entropies is a likelihood bound.
     order: int32[B, N], generation rank inside the document (0 first).
     blk_lo, blk_hi: int32[B, N], the token's block as an interval of row coordinates.
     value: int32[B, C, N] or None, what stands at a hit token (None: the mask id).
@@ -101,6 +102,7 @@ class Noise:
   level: Array
   hit: Array
   marginal: Array
+  nelbo: Array
   order: Array
   blk_lo: Array
   blk_hi: Array

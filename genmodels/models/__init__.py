@@ -1,0 +1,47 @@
+"""The transformer: one trunk for every model class, its heads, cache, adapters and presets.
+
+The only package (with latents/) that knows flax; outside of it parameters are nested dicts of arrays.
+See docs/models.md.
+"""
+
+from genmodels.models.accounting import attention_sizes, head_paths
+from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
+from genmodels.models.config import (
+  Cond,
+  Head,
+  LayerSpec,
+  Lora,
+  Remat,
+  Rope,
+  Scaling,
+  Segment,
+  TrunkConfig,
+  layer_index,
+  layer_path,
+)
+from genmodels.models.model import Model, build, count
+
+__all__ = [
+  "Cache",
+  "Cond",
+  "Head",
+  "LayerSpec",
+  "Lora",
+  "Model",
+  "Remat",
+  "Rope",
+  "Scaling",
+  "Segment",
+  "TrunkConfig",
+  "attention_sizes",
+  "build",
+  "count",
+  "crop_cache",
+  "fork_cache",
+  "head_paths",
+  "init_cache",
+  "layer_index",
+  "layer_path",
+  "relabel_cache",
+  "write_cache",
+]

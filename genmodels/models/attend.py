@@ -1,0 +1,104 @@
+"""Interval attention over the mesh: rows over data × fsdp, heads over tensor, queries over context.
+
+Kernels see local rows and heads only. Tile lists are built once per call and mask pattern, on each
+device for its own rows and queries, and every layer shares them.
+
+Legend: B rows · S slots · H query heads · G key heads · K head dimension · Lc cached keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from genmodels import kernels
+from genmodels.masks import AttnMask
+from genmodels.parallel import current_mesh
+from genmodels.parallel.rules import BATCH_AXES
+
+
+def active_mesh():
+  """The current mesh if it spans several devices and we are not inside a shard_map; else None."""
+  mesh = current_mesh()
+  if mesh is None or mesh.size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    return None
+  return mesh
+
+
+def split(mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+  """Leading mesh axes of `axes` over which `size` divides evenly (a batch of one stays whole)."""
+  out: tuple[str, ...] = ()
+  for a in axes:
+    if mesh.shape[a] > 1:
+      if size % (math.prod(mesh.shape[x] for x in out) * mesh.shape[a]):
+        break
+      out += (a,)
+  return out
+
+
+def plans(masks: dict[str, AttnMask], rows: int, tiles=None) -> dict[str, kernels.Plan]:
+  """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own."""
+  mesh = active_mesh()
+  if mesh is None:
+    return {name: kernels.plan(mask, tiles) for name, mask in masks.items()}
+  out = {}
+  for name, mask in masks.items():
+    b, c = split(mesh, BATCH_AXES, rows), split(mesh, ("context",), mask.lo.shape[2])
+    r = b if mask.code.shape[0] > 1 else None
+    spec = AttnMask(P(r), P(r, None, c), P(r, None, c))
+    build = lambda m: kernels.plan(m, tiles)
+    out[name] = jax.shard_map(build, mesh=mesh, in_specs=(spec,), out_specs=P(b + c))(mask)
+  return out
+
+
+def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None, implementation: str):
+  """Attention of this call's slots over themselves and, if given, over a cache: two key segments,
+  merged by their log-sum-exps; nothing is concatenated.
+
+  Args:
+    q: [B, S, H, K]; k, v: [B, S, G, K].
+    plan: of this call's mask. cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
+
+  Returns:
+    [B, S, H, K].
+  """
+  options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
+
+  def local(q, k, v, plan, cache):
+    if cache is None:
+      return kernels.attention(q, k, v, plan, **options)
+    ck, cv, cplan = cache
+    parts = [
+      kernels.attention(q, ck.astype(q.dtype), cv.astype(q.dtype), cplan, return_lse=True, **options),
+      kernels.attention(q, k, v, plan, return_lse=True, **options),
+    ]
+    return kernels.merge(*zip(*parts))[0]
+
+  mesh = active_mesh()
+  if mesh is None:
+    return local(q, k, v, plan, cache)
+  b, c = split(mesh, BATCH_AXES, q.shape[0]), split(mesh, ("context",), q.shape[1])
+  t = split(mesh, ("tensor",), q.shape[2])
+  widen = lambda x: _repeat(x, q.shape[2], mesh.shape["tensor"] if t else 1)
+  heads, keys = P(b, c, t), P(b, None, t)
+  if cache is not None:
+    cache = (widen(cache[0]), widen(cache[1]), cache[2])
+  specs = (heads, keys, keys, P(b + c), None if cache is None else (keys, keys, P(b + c)))
+  return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads)(q, widen(k), widen(v), plan, cache)
+
+
+def _repeat(x, heads: int, ways: int):
+  """Key heads repeated so that `ways` tensor shards get whole heads (2 key heads on 4 shards)."""
+  G = x.shape[2]
+  n = ways // math.gcd(G, ways)
+  if n == 1:
+    return x
+  if heads % (G * n):
+    raise ValueError(
+      f"attention: {G} key heads of {heads} heads do not split over tensor={ways}: choose a tensor axis that "
+      f"divides {G}, or is a multiple of it that divides {heads}"
+    )
+  return jnp.repeat(x, n, axis=2)

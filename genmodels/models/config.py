@@ -1,0 +1,385 @@
+"""What a trunk is made of: frozen, hashable dataclasses, built from a config section.
+
+A section is nested dicts (plain or ml_collections). Fields that map names to things (`tables`, `cond`,
+`heads`) may be a dict, taken in alphabetical order because ConfigDict keeps no other, or a sequence of
+(name, value) pairs, taken as written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from genmodels import config
+
+Site = Literal["q", "k", "v", "o", "gate", "up", "down", "norm", "features"]
+Preset = Literal["none", "full", "dots", "attn_out"]
+Tensor = Literal["q", "k", "v", "attn_out", "attn_lse", "attn_proj", "mlp_gate", "mlp_up", "mlp_out", "mod"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+  """RoPE frequency scaling, by the formulas of the checkpoints that use it.
+
+  Fields:
+    kind: "linear" (f/factor), "ntk" (base·factor^(d/(d−2))), "yarn" (arXiv:2309.00071), "llama3".
+    factor: context extension factor.
+    original_len: pretraining context length (yarn, llama3).
+    beta_fast, beta_slow: yarn's rotations per context at the ends of the ramp.
+    attention_factor: yarn's factor on cos and sin; None is 0.1·ln(factor)+1.
+    truncate: yarn, round the ends of the ramp to whole dimensions.
+    low_freq_factor, high_freq_factor: llama3's band.
+  """
+
+  kind: Literal["linear", "ntk", "yarn", "llama3"]
+  factor: float
+  original_len: int = 0
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+
+  def __post_init__(self):
+    if self.factor <= 0:
+      raise ValueError(f"factor={self.factor}: a context extension factor is positive")
+    if self.kind in ("yarn", "llama3") and self.original_len < 1:
+      raise ValueError(f"kind={self.kind!r} needs original_len, the context length of pretraining")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding in one to three axes.
+
+  Fields:
+    base: frequency base.
+    pairing: "half" (dimension i with i + d/2) or "interleaved" (2i with 2i + 1).
+    axes: dimensions given to each axis of `Inputs.pos`, even, in order; empty is the whole head on
+      axis 0. Dimensions beyond their sum are not rotated.
+    scaling: frequency scaling or None.
+    zero_prefix: slots with pos[..., 0] < 0 get cos = sin = 0, so that their rotated q and k are the
+      zero vector: every query gives them the logit 0 (LlamaGen's class and text slots).
+  """
+
+  base: float = 10000.0
+  pairing: Literal["half", "interleaved"] = "half"
+  axes: tuple[int, ...] = ()
+  scaling: Scaling | None = None
+  zero_prefix: bool = False
+
+  def __post_init__(self):
+    if isinstance(self.scaling, Mapping):
+      object.__setattr__(self, "scaling", config.build(Scaling, self.scaling, "scaling"))
+    if len(self.axes) > 3 or any(d < 2 or d % 2 for d in self.axes):
+      raise ValueError(f"axes={self.axes}: at most three, each an even number of dimensions")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+  """One layer of a repeating pattern.
+
+  Fields:
+    mask: the mask pattern of `Inputs.masks` it attends under ("full", "local").
+    rope_base: overrides `Rope.base`.
+    rope_scaling: False leaves `Rope.scaling` out in this layer.
+    remat: overrides the preset of `Remat`.
+  """
+
+  mask: str = "full"
+  rope_base: float | None = None
+  rope_scaling: bool = True
+  remat: Preset | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """`pattern` scanned `repeats` times."""
+
+  pattern: tuple[LayerSpec, ...]
+  repeats: int
+
+  def __post_init__(self):
+    if self.repeats < 1 or not self.pattern:
+      raise ValueError(f"a segment needs layers and repeats ≥ 1, got {len(self.pattern)} × {self.repeats}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+  """What the backward pass recomputes.
+
+  Fields:
+    preset: "none" saves everything; "full" saves only each layer's input; "dots" saves the results
+      of the weight matmuls; "attn_out" saves the attention output.
+    save, offload: names of tensors to save, or to move to host memory, besides: "q", "k", "v",
+      "attn_out", "attn_lse", "attn_proj", "mlp_gate", "mlp_up", "mlp_out", "mod".
+  """
+
+  preset: Preset = "none"
+  save: tuple[Tensor, ...] = ()
+  offload: tuple[Tensor, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cond:
+  """A condition table: kind "class" (int32 ids < size), "time" (float32 level, multiplied by
+  `time_scale`, `size` sinusoids, an MLP) or "vector" (float[size]). A class table whose name is also an
+  id table shares it."""
+
+  kind: Literal["class", "time", "vector"] = "class"
+  size: int = 0
+  time_scale: float = 1000.0
+
+  def __post_init__(self):
+    if self.size < 1 or (self.kind == "time" and self.size % 2):
+      raise ValueError(f"size={self.size}: kind {self.kind!r} needs a positive (time: even) size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """From hidden states to a distribution.
+
+  Fields:
+    kind: "categorical" or "flow" (a velocity field on float[size], conditioned on the hidden state).
+    size: number of classes, or features of a flow head; None is the vocabulary.
+    tied: use the token table as output weight.
+    bias: add a bias to the logits.
+    forbid: ids of probability 0 in every Dist of this head (the mask id: SUBS parametrisation).
+    soft_cap: logits ← cap·tanh(logits/cap); None leaves them.
+    zero_init: output weight starts at zero.
+    chunk: read positions whose logits exist at one time.
+    width, depth: flow only: the MLP's width (None: the trunk's) and residual blocks.
+    time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
+  """
+
+  kind: Literal["categorical", "flow"] = "categorical"
+  size: int | None = None
+  tied: bool = False
+  bias: bool = False
+  forbid: tuple[int, ...] = ()
+  soft_cap: float | None = None
+  zero_init: bool = False
+  chunk: int = 1024
+  width: int | None = None
+  depth: int = 3
+  time_scale: float = 1000.0
+
+  def __post_init__(self):
+    if self.kind == "flow" and (self.size is None or self.tied or self.forbid):
+      raise ValueError("a flow head needs size (its features) and takes neither tied nor forbid")
+    if self.tied and self.size is not None:
+      raise ValueError(f"size={self.size} with tied=True: a tied head has the size of the vocabulary")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters: `targets` is a regex that a linear site's path must match in full
+  ("stack/.*/(q|v)"); the update is alpha/rank·A·B (arXiv:2106.09685)."""
+
+  rank: int
+  alpha: float = 16.0
+  targets: str = r"stack/.*/(q|k|v|o)"
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise ValueError(f"rank={self.rank}: at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrunkConfig:
+  """One transformer: Llama, Qwen2, Qwen3, GPT-2, LlamaGen and VAR class models.
+
+  Fields:
+    width: model dimension D.
+    num_heads, num_kv_heads (None: num_heads), head_dim (None: width/num_heads).
+    mlp: hidden size of the MLP. activation: "silu", "gelu", "gelu_tanh". gated: SwiGLU/GeGLU form.
+    vocab: size of the token table, 0 for none; vocab_multiple: pad it to a multiple (padded entries
+      have probability 0 and no gradient).
+    tables: further id tables, name → size; channel k of `Inputs.ids` indexes `channels[k]`.
+    features: width of `Inputs.features`, 0 for none.
+    layers, pattern: shorthand for `segments`: `pattern` repeated, and a remainder segment.
+    segments: the stack.
+    norm: "rms" or "layer"; eps; norm_offset: weight is 1 + w (Gemma); norm_affine: has weights.
+    qk_norm: "none", "rms" (per head, learned weight: Qwen3) or "l2" (unit q and k, learned
+      temperature per head: VAR).
+    bias: sites with a bias, see `Site`.
+    rope: None for none. learned_pos: size of a learned table indexed by pos[..., 0], 0 for none.
+    embed_scale: embeddings are multiplied by it. attn_scale: None is head_dim^−1/2.
+    attn_soft_cap: soft cap of attention logits.
+    adaln: "none" or "zero": shift, scale and gate per slot from `Inputs.cond`.
+    cond: condition tables; cond_width: their width (None: width).
+    heads: output heads, name → Head.
+    dropout: on embeddings and both residual branches; only when `apply` gets a key.
+    dtype, param_dtype: compute and master types. remat: see Remat.
+    init_std: of every normal draw; init_out_scale: residual output weights are divided by √(2·layers).
+    attention: implementation name handed to the kernels ("auto").
+    lora: adapters or None.
+  """
+
+  width: int
+  num_heads: int
+  mlp: int
+  vocab: int = 0
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  vocab_multiple: int = 1
+  tables: Any = ()
+  features: int = 0
+  layers: int = 0
+  pattern: tuple[LayerSpec, ...] = (LayerSpec(),)
+  segments: tuple[Segment, ...] = ()
+  norm: Literal["rms", "layer"] = "rms"
+  eps: float = 1e-6
+  norm_offset: bool = False
+  norm_affine: bool = True
+  qk_norm: Literal["none", "rms", "l2"] = "none"
+  activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+  gated: bool = True
+  bias: tuple[Site, ...] = ()
+  rope: Rope | None = Rope()
+  learned_pos: int = 0
+  embed_scale: float = 1.0
+  attn_scale: float | None = None
+  attn_soft_cap: float | None = None
+  adaln: Literal["none", "zero"] = "none"
+  cond: Any = ()
+  cond_width: int | None = None
+  heads: Any = (("text", Head()),)
+  dropout: float = 0.0
+  dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+  param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+  remat: Remat = Remat()
+  init_std: float = 0.02
+  init_out_scale: bool = False
+  attention: str = "auto"
+  lora: Lora | None = None
+
+  def __post_init__(self):
+    put = lambda name, value: object.__setattr__(self, name, value)
+    put("tables", _named(int, self.tables, "tables"))
+    put("cond", _named(Cond, self.cond, "cond"))
+    put("heads", _named(Head, self.heads, "heads"))
+    if self.num_kv_heads is None:
+      put("num_kv_heads", self.num_heads)
+    if self.head_dim is None:
+      if self.width % self.num_heads:
+        raise ValueError(f"width={self.width} is no multiple of num_heads={self.num_heads}: set head_dim")
+      put("head_dim", self.width // self.num_heads)
+    if self.cond_width is None:
+      put("cond_width", self.width)
+    if not self.segments:
+      put("segments", segments(self.layers, self.pattern))
+    put("layers", sum(s.repeats * len(s.pattern) for s in self.segments))
+    put("pattern", ())
+    self._check()
+
+  def _check(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}")
+    if self.rope is not None and sum(self.rope_axes) > self.head_dim:
+      raise ValueError(f"rope axes {self.rope.axes} need more dimensions than head_dim={self.head_dim}")
+    if self.rope is not None and not self.rope.axes and self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd: name the rotated dimensions in rope.axes")
+    if (self.adaln != "none") != bool(self.cond):
+      raise ValueError(f"adaln={self.adaln!r} with cond={dict(self.cond)}: one needs the other")
+    tables = dict(self.tables)
+    if "tokens" in tables:
+      raise ValueError("tables: 'tokens' is the name of the vocabulary's own table, set `vocab`")
+    for name, cond in self.cond:
+      if (
+        cond.kind == "class" and name in tables and (cond.size, self.cond_width) != (tables[name], self.width)
+      ):
+        raise ValueError(
+          f"cond {name!r} shares the id table of that name: expected size {tables[name]} and cond_width "
+          f"{self.width}, got {cond.size} and {self.cond_width}"
+        )
+    for name, head in self.heads:
+      if head.kind == "categorical" and head.size is None and not self.vocab:
+        raise ValueError(f"head {name!r} has the size of the vocabulary, but vocab=0: set its size")
+      size = head.size or self.vocab
+      if any(not 0 <= i < size for i in head.forbid):
+        raise ValueError(f"head {name!r}: forbid={head.forbid} is outside of 0..{size - 1}")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout={self.dropout} is outside of [0, 1)")
+
+  @property
+  def channels(self) -> tuple[str, ...]:
+    """Names of the tables that the channels of `Inputs.ids` index, in order."""
+    return (("tokens",) if self.vocab else ()) + tuple(name for name, _ in self.tables)
+
+  @property
+  def vocab_padded(self) -> int:
+    return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+  @property
+  def rope_axes(self) -> tuple[int, ...]:
+    """Dimensions rotated by each position axis."""
+    return self.rope.axes or (self.head_dim,)
+
+  @property
+  def patterns(self) -> tuple[str, ...]:
+    """Mask patterns that the layers name, sorted."""
+    return tuple(sorted({spec.mask for s in self.segments for spec in s.pattern}))
+
+  def head(self, name: str) -> Head:
+    heads = dict(self.heads)
+    if name not in heads:
+      raise ValueError(f"head {name!r} does not exist: the model has {sorted(heads)}")
+    return heads[name]
+
+
+def segments(layers: int, pattern: tuple[LayerSpec, ...]) -> tuple[Segment, ...]:
+  """`layers` layers of a repeating pattern: whole repeats, then the remainder (26 = 4 × 6 + 2)."""
+  if layers < 1:
+    raise ValueError(f"layers={layers}: set layers ≥ 1 or segments")
+  whole, rest = divmod(layers, len(pattern))
+  out = (Segment(pattern, whole),) if whole else ()
+  return out + ((Segment(pattern[:rest], 1),) if rest else ())
+
+
+def layer_path(cfg: TrunkConfig, layer: int) -> tuple[int, int, int]:
+  """Layer index → (segment, repeat, position in the pattern). The inverse is `layer_index`.
+
+  The parameters of the layer are row `repeat` of the leaves under "stack/s<segment>/l<position>".
+
+  Raises:
+    ValueError: no such layer.
+  """
+  if not 0 <= layer < cfg.layers:
+    raise ValueError(f"layer {layer} does not exist: the model has {cfg.layers}")
+  for i, s in enumerate(cfg.segments):
+    n = s.repeats * len(s.pattern)
+    if layer < n:
+      return i, layer // len(s.pattern), layer % len(s.pattern)
+    layer -= n
+  raise AssertionError
+
+
+def layer_index(cfg: TrunkConfig, segment: int, repeat: int, position: int) -> int:
+  """(segment, repeat, position) → layer index. The inverse is `layer_path`."""
+  before = sum(s.repeats * len(s.pattern) for s in cfg.segments[:segment])
+  s = cfg.segments[segment]
+  if not (0 <= repeat < s.repeats and 0 <= position < len(s.pattern)):
+    raise ValueError(f"segment {segment} is {len(s.pattern)} × {s.repeats}, got {(repeat, position)}")
+  return before + repeat * len(s.pattern) + position
+
+
+def from_section(section) -> TrunkConfig:
+  """A TrunkConfig from a config section (or one that is built already).
+
+  Raises:
+    ConfigError: unknown key (with the nearest known one), a wrong type, or a broken law.
+  """
+  return config.build(TrunkConfig, section, "model")
+
+
+def _named(cls, value, where: str) -> tuple:
+  """Dict (alphabetical) or pairs (as written) as a tuple of (name, built value)."""
+  items = sorted(value.items()) if isinstance(value, Mapping) else [tuple(v) for v in value]
+  names = [name for name, _ in items]
+  if len(set(names)) < len(names):
+    raise config.ConfigError("repeated name", key=where, value=names, fix="give every entry its own name")
+  if cls is int:
+    return tuple((str(name), int(v)) for name, v in items)
+  return tuple((str(name), config.build(cls, v, f"{where}.{name}")) for name, v in items)

@@ -1,0 +1,130 @@
+"""`Model`: the pure functions of a trunk, over nested dicts of arrays.
+
+Legend: B rows · S slots · M read positions of a term.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genmodels.contracts import Inputs, Outputs, Target
+from genmodels.masks import AttnMask
+from genmodels.models import lora
+from genmodels.models.cache import Cache, init_cache
+from genmodels.models.config import TrunkConfig, from_section
+from genmodels.models.trunk import Trunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A trunk as pure functions; parameters are nested dicts of arrays, no framework object inside."""
+
+  cfg: TrunkConfig
+
+  def init(self, key: jax.Array):
+    """Parameters. Jit it with out_shardings to make them in place on a mesh: values do not depend on it.
+
+    With `cfg.lora` the adapters are there too, drawn from a key of their own.
+    """
+    params = nn.meta.unbox(self._boxed(key))
+    return params if self.cfg.lora is None else lora.add(params, self.cfg, jax.random.fold_in(key, 1))
+
+  def abstract_params(self):
+    """ShapeDtypeStructs of the parameters."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
+  def logical_axes(self):
+    """Tuples of logical axis names, in the structure of the parameters."""
+    boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+    specs = nn.get_partition_spec(boxed)
+    axes = jax.tree.map(lambda s, x: tuple(s) + (None,) * (x.ndim - len(s)), specs, nn.meta.unbox(boxed))
+    return axes if self.cfg.lora is None else lora.axes(axes, self.cfg)
+
+  def init_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
+    """An empty cache for `batch` rows of `capacity` slots."""
+    return init_cache(self.cfg, batch, capacity, dtype)
+
+  def apply(
+    self,
+    params: Any,
+    inputs: Inputs,
+    targets: dict[str, Target],
+    *,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+  ) -> Outputs:
+    """One pass.
+
+    Args:
+      params: as `init` returns them; a tree without adapter leaves is the model without adapters.
+      inputs: S slots of B rows; `masks` holds every pattern that the layers name.
+      targets: {term: Target}, each read by the head it names.
+      cache: committed slots, visible to this call's slots through their codes.
+      key: for dropout; None turns it off.
+
+    Returns:
+      Outputs with a Dist for each target; `new` (with a cache) for `write_cache`; `work`
+      {"slots": int32, "pairs": {pattern: int32[B or 1, S]}}; `layers` {"hidden": [B, S, D]}.
+
+    Raises:
+      ValueError: inputs that do not fit the configuration, by name and shape.
+    """
+    rngs = {} if key is None else {"dropout": key}
+    return Trunk(self.cfg).apply({"params": params}, inputs, targets, cache, rngs=rngs)
+
+  def _boxed(self, key):
+    return Trunk(self.cfg).init({"params": key}, self._dummy(), {})["params"]
+
+  def _dummy(self) -> Inputs:
+    """One slot of one row: parameters depend on no input."""
+    cfg, i32 = self.cfg, jnp.int32
+    cond = None
+    if cfg.cond:
+      shapes = {"class": ((1, 1), i32), "time": ((1, 1), jnp.float32)}
+      cond = {n: jnp.zeros(*shapes.get(c.kind, ((1, 1, c.size), jnp.float32))) for n, c in cfg.cond}
+    axes = 1 if cfg.rope is None else len(cfg.rope_axes)
+    mask = AttnMask(jnp.zeros((1, 1), i32), jnp.zeros((1, 1, 1), i32), jnp.ones((1, 1, 1), i32))
+    return Inputs(
+      ids=jnp.zeros((1, 1, len(cfg.channels)), i32) if cfg.channels else None,
+      pos=jnp.zeros((1, 1, axes)),
+      doc=jnp.zeros((1, 1), i32),
+      masks={p: mask for p in cfg.patterns},
+      features=jnp.zeros((1, 1, cfg.features)) if cfg.features else None,
+      cond=cond,
+    )
+
+
+def build(section: Any, latent: Any = None) -> Model:
+  """The model of a config section (or of a TrunkConfig).
+
+  Args:
+    section: fields of TrunkConfig; `preset` names one of `presets.PRESETS`, whose fields the other keys
+      override.
+    latent: what the tokens carry. Its attributes `vocab` and `features`, where it has them, fill the
+      fields of that name that the section leaves out.
+
+  Raises:
+    ConfigError: unknown key, wrong type or broken law.
+  """
+  if isinstance(section, TrunkConfig):
+    return Model(section)
+  from genmodels.config import plain
+  from genmodels.models.presets import preset
+
+  section = dict(plain(section))
+  if "preset" in section:
+    section = {**preset(section.pop("preset")), **section}
+  for name in ("vocab", "features"):
+    if name not in section and getattr(latent, name, None) is not None:
+      section[name] = int(getattr(latent, name))
+  return Model(from_section(section))
+
+
+def count(tree: Any) -> int:
+  """Number of parameters in a tree of arrays or ShapeDtypeStructs."""
+  return sum(int(x.size) for x in jax.tree.leaves(tree))

@@ -1,0 +1,274 @@
+"""The trunk: embeddings, one scan over segments of repeating layers, heads.
+
+Legend: B rows · S slots · K id channels · D width · E conditions of a row · C condition width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genmodels.contracts import Inputs, Outputs, Target
+from genmodels.masks import AttnMask
+from genmodels.models import attend, heads, rope
+from genmodels.models.cache import Cache
+from genmodels.models.config import LayerSpec, Remat, TrunkConfig
+from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
+from genmodels.parallel import constrain
+
+
+class Table(nn.Module):
+  """An embedding table [n, D]; calling it returns the array."""
+
+  cfg: TrunkConfig
+  shape: tuple[int, int]
+  axes: tuple[str | None, str | None]
+
+  @nn.compact
+  def __call__(self):
+    init = param_init(self.cfg.init_std, self.axes)
+    return self.param("embedding", init, self.shape, jnp.dtype(self.cfg.param_dtype))
+
+
+def lookup(table, ids):
+  """Rows of a table at ids int32[B, S]; −1 gives zeros."""
+  return jnp.where((ids >= 0)[..., None], table[jnp.maximum(ids, 0)], 0)
+
+
+class Tables(nn.Module):
+  """All id tables, {channel name: [n, D]}; the vocabulary's first."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self):
+    cfg = self.cfg
+    out = {}
+    if cfg.vocab:
+      out["tokens"] = Table(cfg, (cfg.vocab_padded, cfg.width), ("vocab", "embed"), name="tokens")()
+    for name, size in cfg.tables:
+      out[name] = Table(cfg, (size, cfg.width), ("pos", "embed"), name=name)()
+    if cfg.learned_pos:
+      out["pos"] = Table(cfg, (cfg.learned_pos, cfg.width), ("pos", "embed"), name="learned_pos")()
+    return out
+
+
+class Conditions(nn.Module):
+  """silu(sum of the embedded condition tables), [B, E, C]."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, cond, tables):
+    cfg, dtype, C = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.cond_width
+    known = dict(cfg.cond)
+    if sorted(cond) != sorted(known):
+      raise ValueError(f"inputs.cond has tables {sorted(cond)}, the model is conditioned on {sorted(known)}")
+    total = 0
+    for name, spec in cfg.cond:
+      x = cond[name]
+      if spec.kind == "class":
+        table = tables.get(name)
+        if table is None:
+          table = Table(cfg, (spec.size, C), ("pos", "cond"), name=name)()
+        y = lookup(table, x)
+      elif spec.kind == "time":
+        y = heads.sinusoids(x * spec.time_scale, spec.size).astype(dtype)
+        y = Linear(cfg, "bef,fc->bec", (spec.size, C), (None, "cond"), True, name=f"{name}_in")(y)
+        y = Linear(cfg, "bec,cd->bed", (C, C), ("cond", None), True, name=f"{name}_out")(jax.nn.silu(y))
+      else:
+        y = Linear(cfg, "bef,fc->bec", (spec.size, C), (None, "cond"), True, name=name)(x.astype(dtype))
+      total = total + y.astype(dtype)
+    return jax.nn.silu(total)
+
+
+def policy(remat: Remat, preset: str):
+  """(whether to checkpoint, jax.checkpoint policy) of a preset with its overrides by tensor name."""
+  cp = jax.checkpoint_policies
+  if preset == "none" and not remat.offload:
+    return False, None
+  names = remat.save + (("attn_out", "attn_lse") if preset == "attn_out" else ())
+  parts = [cp.everything_saveable] if preset == "none" else []
+  if preset == "dots":
+    parts.append(cp.checkpoint_dots_with_no_batch_dims)
+  if remat.offload:
+    parts.append(
+      cp.save_and_offload_only_these_names(
+        names_which_can_be_saved=names,
+        names_which_can_be_offloaded=remat.offload,
+        offload_src="device",
+        offload_dst="pinned_host",
+      )
+    )
+  elif names:
+    parts.append(cp.save_only_these_names(*names))
+  if not parts:
+    return True, cp.nothing_saveable
+  return True, functools.reduce(cp.save_from_both_policies, parts)
+
+
+class Pattern(nn.Module):
+  """The layers of one pattern, each with its mask, RoPE base and remat: the body of the scan."""
+
+  cfg: TrunkConfig
+  specs: tuple[LayerSpec, ...]
+
+  @nn.compact
+  def __call__(self, x, cache, ctx):
+    new = {}
+    for i, spec in enumerate(self.specs):
+      on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
+      layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
+      x, new[f"l{i}"] = layer(self.cfg, spec, name=f"l{i}")(x, cache and cache[f"l{i}"], ctx)
+    return x, None if cache is None else new
+
+
+class Stack(nn.Module):
+  """The only scan over layers: each segment's pattern, over its repeats."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, x, cache, ctx):
+    new = {}
+    for i, segment in enumerate(self.cfg.segments):
+      scan = nn.scan(
+        Pattern,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        out_axes=0,
+        length=segment.repeats,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )
+      body = scan(self.cfg, segment.pattern, name=f"s{i}")
+      x, new[f"s{i}"] = body(x, cache and cache[f"s{i}"], ctx)
+    return x, None if cache is None else new
+
+
+class Heads(nn.Module):
+  """Output heads: {term: Dist} for the targets of a call."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, hidden, tables, targets: dict[str, Target]):
+    cfg = self.cfg
+    made = {}
+    for name, head in cfg.heads:
+      if head.kind == "flow":
+        field = heads.FlowField(cfg, head, name=name)
+        if self.is_initializing():
+          field(jnp.zeros((1, head.size)), jnp.zeros((1,)), hidden[0, :1])
+          made[name] = None
+        else:
+          made[name] = self.variables["params"][name]
+        continue
+      size = cfg.vocab_padded if head.size is None else head.size
+      bias = None
+      if head.tied:
+        weight = tables["tokens"].astype(jnp.dtype(cfg.dtype))
+        if head.bias:
+          bias = self.param(f"{name}_bias", param_init(0.0, ("vocab",)), (size,), jnp.dtype(cfg.param_dtype))
+      else:
+        std = 0.0 if head.zero_init else None
+        axes = ("embed", "vocab" if head.size is None else None)
+        weight, bias = Linear(cfg, "bsd,dv->bsv", (cfg.width, size), axes, head.bias, std, name=name)()
+      made[name] = weight, bias
+    dists = {}
+    for term, target in targets.items():
+      head = cfg.head(target.head)
+      h, valid = heads.read(hidden, target)
+      if head.kind == "flow":
+        dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
+      else:
+        weight, bias = made[target.head]
+        size = cfg.vocab if head.size is None else head.size
+        dists[term] = heads.Categorical(h, weight, bias, valid, head, size)
+    return dists
+
+
+class Trunk(nn.Module):
+  """Inputs → Outputs; see `Model.apply`."""
+
+  cfg: TrunkConfig
+
+  @nn.compact
+  def __call__(self, inputs: Inputs, targets: dict[str, Target], cache: Cache | None = None) -> Outputs:
+    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+    B, S = inputs.doc.shape
+    tables = Tables(cfg, name="embed")()
+    x = constrain(self._embed(inputs, tables).astype(dtype), ("batch", "seq", "act_embed"))
+    ctx, work = self._context(inputs, tables, cache)
+    x = dropout(self, x)
+    x, new = Stack(cfg, name="stack")(x, None if cache is None else cache.layers, ctx)
+    x = trunk_norm(cfg, "final_norm")(x)
+    if cfg.adaln == "zero":
+      shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
+      mod = Linear(cfg, "bec,cnd->bend", shape, axes, True, 0.0, name="final_mod")(ctx["cond"])
+      scale, shift = modulation(mod, ctx["cond_index"], (0, 0))
+      x = x * (1 + scale) + shift
+    dists = Heads(cfg, name="heads")(x, tables, targets)
+    if cache is not None:
+      code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
+      new = {"code": code, "layers": new}
+    return Outputs(dists, new, work, {"hidden": x})
+
+  def _embed(self, inputs: Inputs, tables):
+    cfg = self.cfg
+    B, S = inputs.doc.shape
+    x = jnp.zeros((B, S, cfg.width), jnp.dtype(cfg.param_dtype))
+    if inputs.ids is not None:
+      if inputs.ids.shape != (B, S, len(cfg.channels)):
+        raise ValueError(
+          f"inputs.ids: expected int32[{B}, {S}, {len(cfg.channels)}], a channel for each of {cfg.channels}; "
+          f"got {inputs.ids.shape}"
+        )
+      for i, name in enumerate(cfg.channels):
+        x = x + lookup(tables[name], inputs.ids[..., i])
+    if cfg.features:
+      shape, bias = (cfg.features, cfg.width), "features" in cfg.bias
+      project = Linear(cfg, "bsf,fd->bsd", shape, (None, "embed"), bias, name="features")
+      if inputs.features is not None:
+        x = x + project(inputs.features.astype(jnp.dtype(cfg.dtype)))
+    elif inputs.features is not None:
+      raise ValueError(f"inputs.features of shape {inputs.features.shape}, but the model has features=0")
+    x = x * cfg.embed_scale
+    if cfg.learned_pos:
+      at = jnp.clip(inputs.pos[..., 0].astype(jnp.int32), -1, cfg.learned_pos - 1)
+      x = x + lookup(tables["pos"], at)
+    return x if inputs.add_embed is None else x + inputs.add_embed
+
+  def _context(self, inputs: Inputs, tables, cache: Cache | None):
+    """What every layer of the scan reads, and the work of the call."""
+    cfg = self.cfg
+    B = inputs.doc.shape[0]
+    ctx = {"route": inputs.route}
+    missing = [p for p in cfg.patterns if p not in inputs.masks]
+    if missing:
+      raise ValueError(f"layers attend under patterns {list(cfg.patterns)}, inputs.masks lacks {missing}")
+    if cfg.rope is not None:
+      for spec in {s for segment in cfg.segments for s in segment.pattern}:
+        base = cfg.rope.base if spec.rope_base is None else spec.rope_base
+        scaling = cfg.rope.scaling if spec.rope_scaling else None
+        tables_at = ctx.setdefault("rope", {})
+        tables_at[rope_key(cfg, spec)] = rope.angles(cfg.rope, cfg.rope_axes, inputs.pos, base, scaling)
+    if cfg.cond:
+      if inputs.cond is None:
+        raise ValueError(f"the model is conditioned on {[n for n, _ in cfg.cond]}, inputs.cond is None")
+      ctx["cond"] = Conditions(cfg, name="cond")(inputs.cond, tables)
+      ctx["cond_index"] = inputs.cond_index
+    if self.is_initializing():
+      return ctx, None
+    masks = {p: inputs.masks[p] for p in cfg.patterns}
+    ctx["plans"] = attend.plans(masks, B)
+    pairs = {p: m.pairs() for p, m in masks.items()}
+    if cache is not None:
+      wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
+      past = {p: AttnMask(cache.code[p], wide(m.lo), wide(m.hi)) for p, m in masks.items()}
+      ctx["cache_plans"] = attend.plans(past, B)
+      pairs = {p: n + past[p].pairs() for p, n in pairs.items()}
+    return ctx, {"slots": (inputs.doc >= 0).sum(dtype=jnp.int32), "pairs": pairs}

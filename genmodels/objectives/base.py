@@ -1,0 +1,344 @@
+"""The objective: from a row and its noise to inputs, targets, denominators and sums.
+
+  prepare = draw → view → targets          loss: outputs, targets → {term: sum}
+  run     = prepare → nets["model"] → loss   (overridden where a loss needs several passes)
+
+A loss is Σ_terms scale · sum / denominator. Denominators are known before the forward pass, so the step
+reduces them over the whole global batch first and any number of micro-batches gives the same gradient.
+
+Legend: B rows · C copies · N clean tokens · S slots · D documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from genmodels import config, corruption, layouts, metrics, rows
+from genmodels.config import Schedule
+from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
+from genmodels.corruption.base import eligible
+from genmodels.objectives import relations
+
+Array = jax.Array
+
+ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
+WEIGHTS = ("one", "inverse_marginal", "nelbo")
+NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """One loss term.
+
+  Fields:
+    head: the head that predicts.
+    stream: the stream whose slots predict.
+    align: which slot predicts token n: "same" slot n, "shift" slot n−1 of the stream (an AR head's
+      semantics), "shift_clean_boundary" as shift, but the first token of a block is read from the
+      clean stream's last slot before it, as block decoders with a shifted head do at inference.
+    on: "hit" scores corrupted tokens only, "all" every TEXT token.
+    weight: "one", "inverse_marginal" = 1/P(hit), "nelbo" = the corruption's bound weight.
+    normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
+      mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
+    scale: λ of the term, a number or a schedule; reports stay unscaled.
+  """
+
+  head: str = "text"
+  stream: str = CLEAN
+  align: str = "same"
+  on: str = "all"
+  weight: str = "one"
+  normaliser: str = "all_valid"
+  scale: Schedule = 1.0
+
+  def __post_init__(self):
+    object.__setattr__(self, "scale", Schedule.of(self.scale))
+    for name, allowed in (
+      ("align", ALIGNMENTS),
+      ("on", ("hit", "all")),
+      ("weight", WEIGHTS),
+      ("normaliser", NORMALISERS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nets(Mapping):
+  """The networks of a step as functions: name → fn(inputs, targets, **kw) → Outputs.
+
+  Fields:
+    fns: bound by the trainer; trees outside the player being trained are gradient-stopped.
+    trees: the parameter trees themselves.
+    latent: the Latent bound to its tree, or None.
+    player: name of the player being trained.
+  """
+
+  fns: Mapping[str, Callable[..., Outputs]]
+  trees: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  latent: Any = None
+  player: str = "model"
+
+  def __getitem__(self, name):
+    if name not in self.fns:
+      raise KeyError(f"no network {name!r}; the config's `trees` defines {', '.join(self.fns)}")
+    return self.fns[name]
+
+  def __iter__(self):
+    return iter(self.fns)
+
+  def __len__(self):
+    return len(self.fns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """A corruption, a layout, masks and terms, composed; most systems are nothing but such a config.
+
+  Fields:
+    corruption, layout: config sections with a `kind`, or built objects.
+    masks: {pattern: rule}, see relations.table.
+    terms: {name: Term}; the first one is the one that samplers decode with.
+    likelihood: name of the term whose sum under `bound` draws is the reported likelihood
+      (default: the first term).
+    mask_id: id of the absorbing state; −1 takes it from the data's tokenizer.
+    reproduction: permits a weight that is not the corruption's true marginal; every report says so.
+  """
+
+  corruption: Any = dataclasses.field(default_factory=lambda: {"kind": "clean"})
+  layout: Any = dataclasses.field(default_factory=lambda: {"kind": "streams"})
+  masks: dict = dataclasses.field(default_factory=lambda: {"full": "causal"})
+  terms: dict = dataclasses.field(default_factory=lambda: {"text": Term()})
+  likelihood: str = ""
+  mask_id: int = -1
+  reproduction: bool = False
+
+  def __post_init__(self):
+    put = lambda name, value: object.__setattr__(self, name, value)
+    put("corruption", _built(corruption.REGISTRY, self.corruption, "corruption"))
+    put("layout", _built(layouts.REGISTRY, self.layout, "layout"))
+    terms = {k: v if isinstance(v, Term) else config.build(Term, v, f"terms.{k}") for k, v in self.terms.items()}
+    put("terms", terms)
+    put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
+    put("likelihood", self.likelihood or next(iter(terms)))
+    if self.likelihood not in terms:
+      raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
+    for name, t in terms.items():
+      if t.stream not in self.layout.streams:
+        raise ValueError(f"terms.{name}.stream is {t.stream!r}; the layout's streams are {self.layout.streams}")
+      if t.align == "shift_clean_boundary" and CLEAN not in self.layout.streams:
+        raise ValueError(f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout")
+    if len(self.layout.noisy) > self.corruption.copies:
+      raise ValueError(
+        f"layout.streams has {len(self.layout.noisy)} noisy copies but the corruption draws {self.corruption.copies}; "
+        "set corruption.complement=True or drop a stream"
+      )
+
+  # -- view: the one place where a slot's input, mask and read-out are made, in training and sampling --
+
+  def view(self, row: Row, noise: Noise, only: Array | None = None, latent=None) -> tuple[Inputs, dict[str, Array]]:
+    """Inputs of the slots, and {term: int32[B, N]} the slot that predicts each token (−1: none).
+
+    Args:
+      only: int32[B, A, 2], (stream, token) pairs to compute now; default: every slot.
+    """
+    slots = self.layout.arrange(row, noise, only)
+    inputs = self.inputs(row, noise, slots, latent)
+    return inputs, {name: self.read(row, noise, slots, t) for name, t in self.terms.items()}
+
+  def inputs(self, row: Row, noise: Noise, slots: Slots, latent=None) -> Inputs:
+    """Token ids, positions and masks of the slots; subclasses add features and conditions."""
+    src = jnp.maximum(slots.src, 0)
+    ids = jnp.where(slots.src >= 0, self.shown(row, noise, slots), -1)
+    A = row.pos.shape[-1]
+    pos = jnp.take_along_axis(row.pos, jnp.broadcast_to(src[..., None], src.shape + (A,)), 1)
+    masks = {p: r.mask(slots) for p, r in self.relations.items()}
+    return Inputs(ids=ids[..., None], pos=pos, doc=slots.doc, masks=masks)
+
+  def shown(self, row: Row, noise: Noise, slots: Slots) -> Array:
+    """int32[B, S]: the token that each slot shows (mask id, replacement, or the clean token)."""
+    B, N = row.tokens.shape
+    src = jnp.maximum(slots.src, 0)
+    token = jnp.take_along_axis(row.tokens, src, 1)
+    if not self.layout.noisy:
+      return token
+    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
+    at = jnp.maximum(copy, 0) * N + src
+    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), at, 1) & (copy >= 0)
+    value = self.mask_id if noise.value is None else jnp.take_along_axis(noise.value.reshape(B, -1), at, 1)
+    return jnp.where(hit, value, token)
+
+  def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
+    """bool[B, S, N]: the tokens that a slot's input holds something of. Quadratic: for the leak law."""
+    B, N = row.tokens.shape
+    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
+    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1)
+    shown = (slots.src >= 0) & ((copy < 0) | ~hit)  # a noisy slot shows its token where that was not hit
+    return shown[..., None] & (slots.src[..., None] == rows.coordinates(row.doc)[:, None])
+
+  def read(self, row: Row, noise: Noise, slots: Slots, term: Term) -> Array:
+    """int32[B, N]: the slot whose hidden state predicts token n under the term's alignment."""
+    streams = self.layout.streams
+    own = slots.where[:, streams.index(term.stream)]
+    if term.align == "same":
+      return own
+    n = rows.coordinates(row.doc)
+    doc_lo, _ = rows.doc_bounds(row.doc)
+    before = own
+    if term.align == "shift_clean_boundary":
+      clean = slots.where[:, streams.index(CLEAN)]
+      # Slot n−1 of the clean stream where token n opens a block, of the noisy one elsewhere.
+      opens = jnp.roll(n == noise.blk_lo, -1, axis=1)
+      before = jnp.where(opens, clean, own)
+    return jnp.where(n > doc_lo, jnp.roll(before, 1, axis=1), -1)
+
+  # -- training -------------------------------------------------------------------------------------
+
+  def prepare(self, row: Row, key: Array, step, latent=None, bound: tuple | None = None):
+    """Draws, places, and says what is asked.
+
+    Args:
+      bound: (r, R), draw r of R of the likelihood bound (exact counts, unclipped levels); see
+        Corruption.draw. Only the likelihood term is then asked.
+
+    Returns:
+      (inputs, {term: Target}, {term: float32 denominator}).
+    """
+    noise = self.corruption.draw(row, key, step, latent, bound)
+    inputs, read = self.view(row, noise, latent=latent)
+    targets, denominators = {}, {}
+    for name, term in self.terms.items():
+      if bound is not None:
+        if name != self.likelihood:
+          continue
+        term = dataclasses.replace(term, weight="nelbo", normaliser="all_valid")
+      targets[name], denominators[name] = self.target(row, noise, read[name], term)
+    return inputs, targets, denominators
+
+  def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
+    """The Target of one term and its denominator."""
+    valid = eligible(row) & (read >= 0)
+    copy = max(int(self.layout.copy_of()[self.layout.streams.index(term.stream)]), 0)
+    scored = valid & noise.hit[:, copy] if term.on == "hit" else valid
+    weight = scored.astype(jnp.float32)
+    if term.weight == "nelbo":
+      weight = weight * noise.nelbo[:, copy]
+    elif term.weight == "inverse_marginal":
+      weight = weight / jnp.maximum(noise.marginal[:, copy], 1e-6)
+    doc_lo, doc_hi = rows.doc_bounds(row.doc)
+    if term.normaliser == "answer_len":
+      weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)
+    documents = (rows.coordinates(row.doc) == doc_lo) & (row.doc >= 0)
+    denominator = {
+      "all_valid": valid,
+      "masked": scored,
+      "weight_sum": weight,
+      "answer_len": documents & (rows.count_in(doc_lo, doc_hi, valid) > 0),
+      "batch": documents,
+    }[term.normaliser]
+    target = Target(head=term.head, slot=jnp.where(scored, read, -1), value=row.tokens, weight=weight)
+    return target, jnp.sum(denominator.astype(jnp.float32))
+
+  def loss(self, outputs: Outputs, targets: dict[str, Target]) -> tuple[dict[str, Array], dict]:
+    """Sums by term, and metrics.
+
+    Returns:
+      ({term: float32 sum of weight·nll}, {"per_token": {term: float32[B, M] weight·nll},
+      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}.
+    """
+    per_token, ratios = {}, {}
+    for name, t in targets.items():
+      nll = outputs.dists[name].nll(t.value)
+      asked = (t.weight > 0).astype(jnp.float32)
+      per_token[name] = t.weight * nll
+      ratios[f"ce/{name}"] = (jnp.sum(asked * nll), jnp.sum(asked))
+    return {k: jnp.sum(v) for k, v in per_token.items()}, {"per_token": per_token, "ratios": ratios}
+
+  def run(self, nets: Nets, row: Row, key: Array, step):
+    """One evaluation of the loss: ({term: sum}, {term: denominator}, metrics)."""
+    inputs, targets, denominators = self.prepare(row, key, step, nets.latent)
+    outputs = nets["model"](inputs, targets)
+    sums, aux = self.loss(outputs, targets)
+    return sums, denominators, aux | {"work": {"model": work(outputs, targets)}}
+
+  def denominators(self, row: Row, key: Array, step, latent=None) -> dict[str, Array]:
+    """The denominators alone; XLA drops the rest of `prepare`."""
+    return self.prepare(row, key, step, latent)[2]
+
+  def bound(self, nets: Nets, row: Row, key: Array, r, R) -> tuple[Array, Array]:
+    """Draw r of R of the negative log-likelihood (bound) in nats, and tokens, per document [B, D]."""
+    inputs, targets, _ = self.prepare(row, key, 0, nets.latent, bound=(r, R))
+    _, aux = self.loss(nets["model"](inputs, targets), targets)
+    D = row.docs.occurrence.shape[1]
+    predicted = eligible(row)
+    if self.terms[self.likelihood].align != "same":  # a document's first token has no slot before it
+      predicted &= rows.coordinates(row.doc) > rows.doc_bounds(row.doc)[0]
+    nll = aux["per_token"][self.likelihood]
+    return rows.per_doc(row.doc, nll, D), rows.per_doc(row.doc, predicted.astype(jnp.float32), D)
+
+
+def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
+  """What a network call executed, as sums that add up over micro-batches; see metrics.step_flops.
+
+  Returns:
+    {"slots": int32, "pairs": {pattern: uint32[4] limbs}, "reads": {head: int32}}; {} for a network that
+    does not count.
+  """
+  if not outputs.work:
+    return {}
+  reads = {}
+  for t in targets.values():
+    reads[t.head] = reads.get(t.head, 0) + jnp.sum(t.slot >= 0)
+  pairs = {pattern: metrics.limbs(count) for pattern, count in outputs.work["pairs"].items()}
+  return {"slots": jnp.asarray(outputs.work["slots"], jnp.int32), "pairs": pairs, "reads": reads}
+
+
+def _built(registry, section, where):
+  if dataclasses.is_dataclass(section):
+    return section
+  return config.build_kind(registry, section, where)
+
+
+def registry() -> dict[str, type]:
+  """Kinds of objectives by name."""
+  from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.flow import TextImageFlow
+  from genmodels.objectives.image import NextScale, NextTokenImage
+
+  return {
+    "tokens": Objective,
+    "block_distill": BlockDistill,
+    "next_token_image": NextTokenImage,
+    "next_scale": NextScale,
+    "text_image_flow": TextImageFlow,
+  }
+
+
+def layout(section):
+  """The layout of an objective's config section: the packer asks it for costs before there is data."""
+  default = {f.name: f for f in dataclasses.fields(registry()[section.get("kind", "tokens")])}["layout"]
+  return _built(layouts.REGISTRY, section.get("layout") or default.default_factory(), "objective.layout")
+
+
+def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
+  """The objective of a config section.
+
+  Args:
+    meta: facts of the data, {"mask_id": int, …}; fills what the section leaves open (−1).
+
+  Raises:
+    ConfigError: unknown key, wrong type, or a broken law, with key, value, reason and fix.
+  """
+  objective = config.build_kind(registry(), section, "objective")
+  if objective.mask_id < 0 and objective.layout.noisy:
+    if not meta or meta.get("mask_id", -1) < 0:
+      raise config.ConfigError(
+        "the layout has a noisy stream but nobody names a mask id",
+        key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
+      )  # fmt: skip
+    objective = dataclasses.replace(objective, mask_id=meta["mask_id"])
+  return objective

@@ -1,0 +1,48 @@
+"""Relation tables by name: who may see whom, stream by stream (papers in the comments).
+
+`table(name, streams)` expands a named rule to the layout's streams: every noisy copy sees itself under
+the first relation and the clean stream under the second; different copies never see each other.
+"""
+
+from __future__ import annotations
+
+from genmodels.contracts import CLEAN
+from genmodels.masks import Relations
+
+# name → (noisy→own copy, noisy→clean, clean→clean)
+NAMED = {
+  "causal": (None, None, "POS_LE"),
+  "full": ("ALL", None, "ALL"),  # MDLM, LLaDA, Dream
+  "block_causal": ("BLK_LE", None, "BLK_LE"),  # VAR; D2F's student on noisy blocks
+  "bd3": ("BLK_EQ", "BLK_LT", "BLK_LE"),  # BD3-LM, SDAR, Fast-dLLM v2, Efficient-DLM, LLaDA2
+  "context_causal": ("BLK_EQ", "BLK_LT", "POS_LE"),  # NBDiff, TiDAR
+  "idlm": ("BLK_EQ&POS_LE", "BLK_LT", "POS_LE"),  # I-DLM
+  "any_order": (None, None, "ORD_LE"),
+}
+
+
+def table(rule, streams: tuple[str, ...]) -> Relations:
+  """Relations of `streams` under a named rule, or under a mapping {"n>c": "BLK_LT", …}.
+
+  Raises:
+    ValueError: unknown rule, or a rule that leaves a stream blind.
+  """
+  if isinstance(rule, str):
+    if rule not in NAMED:
+      raise ValueError(f"mask is {rule!r}; it must be one of {', '.join(NAMED)}, or a mapping such as {{'c>c': 'POS_LE'}}")
+    own, to_clean, clean = NAMED[rule]
+    pairs = {}
+    for s in streams:
+      if s == CLEAN:
+        pairs[s, s] = clean
+      else:
+        pairs[s, s] = own
+        if CLEAN in streams and to_clean:
+          pairs[s, CLEAN] = to_clean
+  else:
+    pairs = {tuple(k.split(">")): v for k, v in dict(rule).items()}
+  pairs = {k: v for k, v in pairs.items() if v}
+  blind = [s for s in streams if not any(q == s for q, _ in pairs)]
+  if blind:
+    raise ValueError(f"mask {rule!r} gives the stream(s) {', '.join(blind)} of {streams} nothing to see")
+  return Relations(pairs, streams)

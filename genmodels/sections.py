@@ -1,0 +1,83 @@
+"""Ready-made config sections that system files share: trunks, optimisers, data, objectives.
+
+A system file states what its paper states; what many of them share stands here once. Plain values only.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+
+
+def system(name: str, *, title: str, arxiv: str, row: int, tests: tuple[str, ...], **sections) -> ml_collections.ConfigDict:
+  """A whole system file's config.
+
+  Args:
+    name: "<group>/<file>".
+    title, arxiv, row: the paper, and its row in the triage of published systems (−1: none).
+    tests: pytest node ids that pin the system.
+    sections: model, objective, data, optim, train, …
+  """
+  cfg = ml_collections.ConfigDict(
+    {
+      "name": name,
+      "paper": {"title": title, "arxiv": arxiv, "row": row},
+      "tests": tuple(tests),
+      "seed": 0,
+      "batch_size": 8,
+      "data": {},
+      "optim": {},
+      "train": {},
+      "eval": {},
+      "sampler": {},
+      "mesh": {},
+      "checkpoint": {},
+      "init": {},
+    },
+    convert_dict=True,
+  )
+  cfg.update(ml_collections.ConfigDict(sections))
+  return cfg
+
+
+def llama(width: int, layers: int, heads: int, mlp: int, *, kv_heads: int | None = None, **kw) -> dict:
+  """A Llama-class trunk: RMS norm, RoPE, SwiGLU, no biases; bf16 compute over fp32 masters."""
+  return {
+    "width": width,
+    "layers": layers,
+    "num_heads": heads,
+    "num_kv_heads": kv_heads or heads,
+    "mlp": mlp,
+    "vocab_multiple": 128,
+    "dtype": "bfloat16",
+    "remat": {"preset": "attn_out"},
+    **kw,
+  }
+
+
+def qwen3(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) -> dict:
+  """A Qwen3-class trunk: as Llama, with normalised queries and keys and 128-wide heads."""
+  rope = {"base": 1e6}
+  return llama(width, layers, heads, mlp, kv_heads=kv_heads, head_dim=128, qk_norm="rms", rope=rope, **kw)
+
+
+def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:
+  """AdamW with clipping at 1.0 and a schedule of the given kind."""
+  return {"name": "adamw", "lr": lr, "weight_decay": weight_decay, "schedule": {"kind": kind, "warmup": warmup}, **kw}
+
+
+def packed_text(seq_len: int, **kw) -> dict:
+  """Shards of `genmodels prepare`, packed; `data.path=<folder>` names them."""
+  return {"kind": "text", "path": "", "seq_len": seq_len, **kw}
+
+
+def tiny_text(cfg: ml_collections.ConfigDict, steps: int = 60) -> ml_collections.ConfigDict:
+  """The `:tiny` variant of a text system: 2 layers of width 64 on bytes of the Python standard library."""
+  cfg.model.update(width=64, layers=2, num_heads=4, num_kv_heads=2, mlp=128, dtype="float32", vocab_multiple=8)
+  cfg.model.head_dim = 16
+  cfg.model.remat = {"preset": "none"}
+  cfg.data = {"kind": "python", "seq_len": 64, "documents": 200}
+  cfg.optim.update(lr=3e-3, schedule={"kind": "cosine", "warmup": 5})
+  cfg.train.update(steps=steps, log_every=10, save_every=30)
+  cfg.eval.update(every=30, documents=32, draws=8)
+  cfg.batch_size = 8
+  return cfg

@@ -1,0 +1,112 @@
+"""From a config to the objects of a system: data, latent, objective, model. Nothing is compiled here.
+
+Every room checks its own section; what one section leaves open and another one knows (the vocabulary,
+the mask id) is filled in here, once, for training, sampling and evaluation alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Callable
+
+from genmodels import config, data, latents, models, objectives
+from genmodels.config import ConfigError
+from genmodels.contracts import Documents, Row
+from genmodels.objectives import laws
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """What a config describes.
+
+  Fields:
+    cfg: the ConfigDict.
+    data: the Data room's object; latent: a bound Latent or None.
+    objective, model: built and checked against each other.
+    fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; the model, and views of its tree.
+    notes: warnings for people, printed once.
+  """
+
+  cfg: Any
+  data: Any
+  latent: Any
+  objective: Any
+  model: Any
+  fns: dict[str, Callable]
+  notes: tuple[str, ...] = ()
+
+
+def build(cfg, *, workdir: str = "") -> System:
+  """Builds and checks a system.
+
+  Args:
+    workdir: keeps the data plan, and shards of a data section that prepares its own.
+
+  Raises:
+    ConfigError: names the key, the value, the reason and the fix.
+    DataError: what is wrong with the data on disk.
+  """
+  cost = objectives.layout(cfg.objective).cost
+  source = data.build(cfg.data, cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
+  latent = latents.build(cfg.latent) if cfg.get("latent") else None
+  meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
+  if latent is not None:
+    meta |= latent.meta
+  objective = objectives.build(cfg.objective, meta)
+  model = models.build(_with_vocabulary(cfg.model, meta, objective))
+  _agree(objective, model)
+  notes = laws.check(objective)
+  return System(cfg, source, latent, objective, model, _functions(cfg, model), tuple(notes))
+
+
+def row_of(batch: dict) -> Row:
+  """The Row of a batch dict (arrays by name, as the data room yields them)."""
+  side = {k.removeprefix("side/"): v for k, v in batch.items() if k.startswith("side/")}
+  docs = Documents(*(batch[k] for k in ("example_id", "occurrence", "rank", "mode", "source")), side)
+  return Row(*(batch[k] for k in ("tokens", "doc", "pos", "role", "modality", "index")), docs)
+
+
+def _with_vocabulary(section, meta, objective) -> dict:
+  """The model section with the data's vocabulary, and the mask id forbidden in heads over it."""
+  section = config.plain(section)
+  if "vocab" not in section and "preset" not in section and meta.get("vocab"):
+    section["vocab"] = int(meta["vocab"])
+  heads = section.setdefault("heads", {"text": {}})
+  for head in heads.values():
+    whole = head.get("kind", "categorical") == "categorical" and head.get("size") is None
+    if whole and objective.mask_id >= 0 and "forbid" not in head:
+      head["forbid"] = (objective.mask_id,)
+  return section
+
+
+def _agree(objective, model) -> None:
+  """Laws between the objective and the model."""
+  heads = dict(model.cfg.heads)
+  for name, term in objective.terms.items():
+    if term.head not in heads:
+      raise ConfigError(
+        "the model has no such head", key=f"objective.terms.{name}.head", value=term.head,
+        fix=f"one of {', '.join(heads)}, or add it to model.heads",
+      )  # fmt: skip
+  for pattern in model.cfg.patterns:
+    if pattern not in objective.masks:
+      raise ConfigError(
+        "a layer attends under a mask pattern that the objective does not define", key="model.pattern",
+        value=pattern, fix=f"add it to objective.masks (it has {', '.join(objective.masks)})",
+      )  # fmt: skip
+  if objective.layout.noisy and objective.mask_id >= model.cfg.vocab > 0:
+    raise ConfigError(
+      f"the mask id lies outside of the vocabulary of {model.cfg.vocab}", key="objective.mask_id",
+      value=objective.mask_id, fix="use a reserved id below model.vocab, or enlarge model.vocab",
+    )  # fmt: skip
+
+
+def _functions(cfg, model) -> dict[str, Callable]:
+  """Networks by name: "model", and `trees.<name> = {"view": "no_lora"}`: the same tree without adapters."""
+  fns = {"model": lambda trees, *a, **kw: model.apply(trees["model"], *a, **kw)}
+  for name, spec in config.plain(cfg.get("trees", {}) or {}).items():
+    view = spec.get("view") if isinstance(spec, dict) else spec
+    if view != "no_lora":
+      raise ConfigError("unknown view", key=f"trees.{name}.view", value=view, fix="the known view is 'no_lora'")
+    fns[name] = lambda trees, *a, **kw: model.apply(models.lora.strip(trees["model"]), *a, **kw)
+  return fns

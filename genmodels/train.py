@@ -1,0 +1,277 @@
+"""The training loop: mesh, data, system, state; restore; steps, evaluations, samples, saves.
+
+  genmodels train --config configs/language/bd3lm.py:tiny --workdir runs/bd3lm [key=value …]
+
+The same command again continues the run. Files in the workdir: config.json (as resolved), metrics.jsonl and
+TensorBoard events, goodput.jsonl, samples/, checkpoints/. SIGTERM saves and exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from genmodels import config, data, evals, metrics, models, optim, sampling, state as states, step as steps, system
+from genmodels.checkpoint import init as initialisation
+from genmodels.checkpoint import manager as checkpoints
+from genmodels.config import ConfigError
+from genmodels.parallel import mesh as meshes
+from genmodels.parallel import multihost, rules
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(steps.StepConfig):
+  """Section `train`: the loop's knobs besides those of a step.
+
+  Fields:
+    steps: length of the run.
+    log_every: steps between metric records.
+    save_every: steps between checkpoints, 0 saves only at the end.
+    sample_every: steps between samples, 0 never samples.
+    samples: rows of a sample.
+    tensorboard: write event files besides metrics.jsonl.
+    measure_peak: on a device without a known peak, measure a matmul to state an MFU against.
+  """
+
+  steps: int = 1000
+  log_every: int = 10
+  save_every: int = 1000
+  sample_every: int = 0
+  samples: int = 4
+  tensorboard: bool = True
+  measure_peak: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.steps < 1 or self.log_every < 1:
+      raise ValueError(f"steps is {self.steps} and log_every {self.log_every}; both must be at least 1")
+
+
+@dataclasses.dataclass
+class Run:
+  """What a finished (or stopped) run leaves in memory."""
+
+  state: Any
+  system: Any
+  mesh: Any
+  step: int
+  last: dict
+  evals: list
+  stopped: bool
+
+
+def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
+  """Trains the system `cfg` in `workdir`, going on from the newest verified checkpoint there.
+
+  Args:
+    cfg: ConfigDict of a system.
+    workdir: folder of the run; created if needed.
+    debug: run without jit and without scan, printing shapes and the first non-finite tensor.
+    out: stream of the progress line (default stderr).
+
+  Raises:
+    ConfigError: before anything compiles.
+    RestoreError: checkpoints exist and none verifies.
+  """
+  lead = jax.process_index() == 0
+  workdir = pathlib.Path(workdir)
+  ledger = metrics.Ledger(workdir / "goodput.jsonl" if lead else None)
+
+  # -- the pieces, all checked before anything compiles -----------------------------------------------
+  tcfg = config.build(TrainConfig, cfg.train, "train")
+  ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
+  ecfg = config.build(evals.EvalConfig, cfg.eval, "eval")
+  ccfg = config.build(checkpoints.CheckpointConfig, cfg.checkpoint, "checkpoint")
+  mcfg = config.build(meshes.MeshConfig, cfg.mesh, "mesh")
+  batch_size = int(cfg.batch_size)
+  if batch_size % tcfg.accumulate:
+    raise ConfigError(
+      "the global batch is not divisible by train.accumulate", key="batch_size", value=batch_size,
+      fix=f"a multiple of {tcfg.accumulate}",
+    )  # fmt: skip
+  mesh = meshes.make_mesh(mcfg)
+  parts = system.build(cfg, workdir=str(workdir))
+  model, objective = parts.model, parts.objective
+  shapes, axes = model.abstract_params(), model.logical_axes()
+  tx, lr = optim.build(ocfg, shapes, axes, tcfg.steps)
+  resolved = config.resolved(
+    {"train": tcfg, "optim": ocfg, "eval": ecfg, "checkpoint": ccfg, "mesh": mcfg, "model": model.cfg, "objective": objective}
+  )
+  if lead:
+    workdir.mkdir(parents=True, exist_ok=True)
+    config.write_json(workdir / "config.json", config.plain(cfg))
+    config.write_json(workdir / "resolved.json", resolved)
+  progress = metrics.Progress(tcfg.steps, out) if lead else None
+  say = progress.note if lead else (lambda text: None)
+  for note in parts.notes:
+    say(f"note: {note}")
+
+  # -- state: born sharded, restored, imported or fresh -----------------------------------------------
+  key = jax.random.key(int(cfg.seed))
+
+  def fresh(key):
+    trees = {"model": model.init(key)}
+    if tcfg.ema:
+      trees["ema"] = trees["model"]
+    return states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+
+  dropped: list[str] = []
+  with rules.use_mesh(mesh):
+    abstract = jax.eval_shape(fresh, key)
+    placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
+    shardings = states.shardings(abstract, {"model": placed}, mesh)
+    make = lambda: jax.jit(fresh, out_shardings=shardings)(key)
+    saver = checkpoints.Manager(workdir / "checkpoints", ccfg)
+    with ledger.span("restore"):
+      state, origin = initialisation.initialise(
+        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps
+      )
+  say(f"parameters {sum(x.size for x in jax.tree.leaves(shapes)):,} · mesh {dict(mesh.shape)} · {origin}")
+  for text in dropped:
+    say(f"note: replicated: {text}")
+
+  # -- step, data, evaluation, samples -----------------------------------------------------------------
+  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=len(parts.data.meta.sources))
+  compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+  ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
+  held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
+  peak = metrics.peak(measure=tcfg.measure_peak)
+  meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
+  flops = metrics.model_flops(shapes, axes, models.attention_sizes(model.cfg), models.head_paths(model.cfg), optim.trainable(ocfg, shapes))
+  start = int(state.step)
+  writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
+  preemption = multihost.Preemption()
+  run = Run(state, parts, mesh, start, {}, [], False)
+  tokens_per_step = parts.data.meta.seq_len * batch_size
+
+  def record(at: int, m: dict, documents: list) -> None:
+    """Metrics of step `at`, fetched when the next one is already running."""
+    m = jax.device_get(m)  # waits for the step: this time is the step's
+    with ledger.span("metrics"):
+      meter.add(
+        tokens=tokens_per_step,
+        slots=sum(int(w["slots"]) for w in m["work"].values() if w),
+        loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
+        flops=sum(_flops(flops, w, 3 if name == "model" else 1) for name, w in m["work"].items() if w),
+      )
+      scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
+      if scalars["skipped"]:
+        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")
+      if at % tcfg.log_every and at != tcfg.steps:
+        return
+      for term, sums in m["source"].items():
+        scalars |= metrics.group_means(f"source/{term}", sums, parts.data.meta.sources)
+      scalars |= meter.report(at) | {"lr": float(lr(at - 1)), "rss_bytes": metrics.rss_bytes()}
+      run.last = scalars
+      if lead:
+        writer.write(at, scalars)
+        progress.show(at, scalars, peak)
+        ledger.flush(at)
+
+  def save(at: int, metric=None) -> None:
+    with ledger.span("save"):
+      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.plan.chain()[-1:]}, metric=metric)
+
+  pending = None
+  # After the first step nothing may move between host and device unless the code says so.
+  guard = (lambda: jax.transfer_guard("disallow")) if not debug else contextlib.nullcontext
+  try:
+    with rules.use_mesh(mesh), _debugging(debug, say):
+      ledger.begin(restored=start)
+      batches = parts.data.loader(ranges).at(start)
+      for at in range(start + 1, tcfg.steps + 1):
+        with ledger.span("data"):
+          local = next(batches)
+          row = system.row_of(multihost.global_batch(local, mesh, batch_size))
+        first = at == start + 1
+        with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
+          state, m = compiled(state, row, key)
+          if first or (mesh.size > 1 and jax.default_backend() == "cpu"):
+            jax.block_until_ready(m)  # several steps in flight deadlock host collectives on few cores
+        if pending is not None:
+          record(*pending)
+        pending = (at, m, _examples(local))
+        run.state, run.step = state, at
+
+        metric = None
+        if held is not None and (at % ecfg.every == 0 or at == tcfg.steps):
+          with ledger.span("eval"):
+            record(*pending)
+            pending = None
+            result = held(steps.evaluated_trees(state, tcfg))
+            run.evals.append({"step": at, **result})
+            metric = result[evals.METRIC]
+            if lead:
+              writer.write(at, {f"eval/{k}": v for k, v in result.items() if np.ndim(v) == 0})
+              say(f"step {at}: held out {metric:.4f} {evals.METRIC.replace('_', ' ')}")
+        if tcfg.sample_every and at % tcfg.sample_every == 0:
+          with ledger.span("sample"):
+            sampling.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+        stop = preemption.requested(at)
+        if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
+          save(at, metric)
+        if stop and at < tcfg.steps:
+          run.stopped = True
+          say(f"step {at}: asked to stop; saved, the same command goes on from here")
+          break
+      if pending is not None:
+        record(*pending)
+      with ledger.span("save"):
+        saver.wait()
+  finally:
+    preemption.close()
+    saver.close()
+    ledger.flush(run.step)
+    if lead:
+      writer.close()
+      progress.close()
+  return run
+
+
+def _examples(batch: dict, most: int = 16) -> list:
+  """(source and document, piece) of the first documents of a batch, for messages."""
+  used = [batch["example_id"][b, : d.max() + 1] for b, d in enumerate(batch["doc"])]
+  return np.concatenate(used)[:most].tolist()
+
+
+def _flops(model: metrics.ModelFlops, work: dict, passes: int) -> float:
+  host = {
+    "slots": int(work["slots"]),
+    "pairs": {p: metrics.unlimb(x) for p, x in work["pairs"].items()},
+    "reads": {h: int(n) for h, n in work["reads"].items()},
+  }
+  return metrics.step_flops(model, host, passes)["total"]
+
+
+@contextlib.contextmanager
+def _debugging(on: bool, say):
+  """No jit and no scan, every module's shapes, and the first non-finite tensor by name."""
+  if not on:
+    yield
+    return
+  with jax.disable_jit(), models.debug(say):
+    yield
+
+
+def main(argv: list[str] | None = None) -> int:
+  """`genmodels train`."""
+  parser = argparse.ArgumentParser(prog="genmodels train", description=__doc__.split("\n")[0])
+  parser.add_argument("--config", required=True, help="path or name of a system, with :variant")
+  parser.add_argument("--workdir", required=True, help="folder of the run; the same one again continues it")
+  parser.add_argument("--debug", action="store_true", help="no jit, no scan; shapes and the first non-finite tensor")
+  parser.add_argument("overrides", nargs="*", help="key.path=value")
+  args = parser.parse_args(argv)
+  cfg = config.load(args.config, args.overrides)
+  multihost.initialize()
+  run = train(cfg, args.workdir, debug=args.debug)
+  if jax.process_index() == 0 and not run.stopped:
+    loss = f", loss {run.last['loss']:.4f}" if run.last else ""
+    print(f"done: step {run.step}{loss}, workdir {args.workdir}")
+  return 0

@@ -1,0 +1,122 @@
+"""`genmodels`: help without jax, errors for people, and a frozen surface of flags."""
+
+import contextlib
+import importlib
+import io
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+from genmodels import cli
+from genmodels.config import ConfigError
+
+# Every flag of every verb. A new flag is a promise: add it here on purpose, or make it a key of a config.
+FLAGS = {
+  "": {"--version", "--traceback", "--help"},
+  "prepare": {
+    "--help",
+    "--out",
+    "--tokenizer",
+    "--heldout",
+    "--text",
+    "--prompt",
+    "--split",
+    "--no-bos",
+    "--no-eos",
+    "--shard-mb",
+    "--compression",
+    "--max-bad",
+    "--verify",
+  },  # fmt: skip
+  "train": {"--help", "--config", "--workdir", "--debug"},
+  "systems": {"--help", "--json"},
+}
+
+
+def run(*argv):
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    try:
+      status = cli.main(argv)
+    except SystemExit as e:  # argparse, after --help
+      status = e.code
+  return status, out.getvalue(), err.getvalue()
+
+
+def test_help_imports_no_jax():
+  code = (
+    "import sys\n"
+    "from genmodels import cli\n"
+    "assert cli.main(['--help']) == 0\n"
+    "heavy = {'jax', 'flax', 'numpy', 'grain', 'torch'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert all(verb in done.stdout for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+def test_flags_are_frozen(verb):
+  status, out, err = run(*filter(None, [verb]), "--help")
+  assert status in (0, None), err
+  assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", out)) == FLAGS[verb]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_verbs_have_a_main(verb):
+  assert callable(importlib.import_module(cli.VERBS[verb][0]).main)
+
+
+def test_unknown_verb():
+  status, _, err = run("trian")
+  assert status == 2 and "unknown verb 'trian'; did you mean 'train'?" in err
+  assert run()[0] == 2
+  assert run("--version")[1].strip()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+  """A verb that raises what it is told to."""
+
+  def plant(error):
+    def main(argv):
+      assert "--traceback" not in argv
+      raise error
+
+    module = types.ModuleType("genmodels.planted")
+    module.main = main
+    monkeypatch.setitem(sys.modules, "genmodels.planted", module)
+    monkeypatch.setitem(cli.VERBS, "planted", ("genmodels.planted", "fails"))
+
+  return plant
+
+
+@pytest.mark.parametrize(
+  "error, text",
+  [
+    (
+      ConfigError("unknown key", key="optim.lrr", value=1, fix="lr"),
+      "optim.lrr = 1: unknown key\n  fix: lr\n",
+    ),
+    (ValueError("no rows"), "no rows\n(where it was raised: add --traceback)\n"),
+    (FileNotFoundError(2, "No such file", "data.txt"), "No such file"),
+  ],
+)
+def test_errors_are_one_message(failing, error, text):
+  failing(error)
+  status, out, err = run("planted", "--config", "x")
+  assert status == 2 and err.startswith("genmodels planted: ") and text in err and not out
+  with pytest.raises(type(error)):
+    cli.main(["planted", "--traceback", "--config", "x"])
+
+
+def test_bugs_keep_their_traceback(failing):
+  failing(KeyError("a bug"))
+  with pytest.raises(KeyError):
+    cli.main(["planted"])
+  failing(KeyboardInterrupt())
+  assert cli.main(["planted"]) == 130

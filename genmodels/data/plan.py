@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from genmodels.data.packing import U64, hash64, pack, permute
-from genmodels.data.records import DataError, json_digest
+from genmodels.data.records import DataError, json_digest, partial_name
 
 VERSION = 1
 MIN_ROWS = 64  # a window of a tiny source spans epochs, so that its last, half-empty row is one of many
@@ -351,9 +351,10 @@ class Plan:
         self._cache.move_to_end(w)
         return self._cache[w]
       rows = self._build(w)
-      if w < len(self._digests) and (got := rows.digest()) != self._digests[w]:
+      want = self._digests[w] if w < len(self._digests) else ""
+      if want and (got := rows.digest()) != want:
         raise DataError(
-          f"data plan, window {w}: digest {got}, expected {self._digests[w]} by the artefact; the lengths "
+          f"data plan, window {w}: digest {got}, expected {want} by the artefact; the lengths "
           f"or the "
           "layout's cost are not those it was made with. Restore them, or delete the artefact for a new order"
         )
@@ -368,6 +369,14 @@ class Plan:
     if self.epochs and w == self._windows_per_epoch():
       return False
     stage = self._stage_of(w)
+    if not self.packed:
+      # A piece is a row: the count needs no packing (a window that a stage cuts is dealt all the same).
+      v = w - stage.window
+      count = sum(self._cursor(stage, c, v + 1) - self._cursor(stage, c, v) for c in range(len(self._pieces)))
+      if stage.end is None or self._prefix[-1] + count < stage.end:
+        self._digests.append("")
+        self._prefix.append(self._prefix[-1] + count)
+        return True
     rows = self._window(w)
     count = len(rows.row_ptr) - 1
     if stage.end is not None and self._prefix[-1] + count >= stage.end:
@@ -418,15 +427,16 @@ class Plan:
     with self._lock:
       while self._prefix[-1] <= rows[-1] and self._grow():
         pass
-      window = np.searchsorted(self._prefix, rows, side="right") - 1
+      first, last = (bisect.bisect_right(self._prefix, int(r)) - 1 for r in (rows[0], rows[-1]))
       parts = []
-      for w in np.unique(window):
-        at = rows[window == w]
+      for w in range(first, last + 1):
+        end = self._prefix[w + 1] if w < len(self._digests) else rows[-1] + 1
+        at = rows[(rows >= self._prefix[w]) & (rows < end)]
         if w == len(self._digests):
           none = [np.zeros(0, np.int64)] * len(Rows._PER_PIECE)
           parts.append(Rows(np.zeros(len(at) + 1, np.int64), *none))
         else:
-          parts.append(self._window(int(w)).take(at - self._prefix[w]))
+          parts.append(self._window(w).take(at - self._prefix[w]))
     return Rows.concatenate(parts)
 
   def batch(self, step: int) -> Rows:
@@ -503,7 +513,7 @@ class Plan:
       }  # fmt: skip
     tree = json.loads(json.dumps(tree))
     tree["xxh3"] = json_digest(tree)
-    tmp = f"{path}.partial-{os.getpid()}"
+    tmp = partial_name(path)
     with open(tmp, "w") as f:
       json.dump(tree, f)
     os.replace(tmp, path)

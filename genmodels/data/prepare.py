@@ -110,7 +110,7 @@ def prepare(
       tokenizer, docs = _train(docs, int(tokenizer[4:]), bpe_bytes, heldout)
     else:
       tokenizer = tokenizers.load(tokenizer)
-  tmp = f"{out}.partial-{os.getpid()}"
+  tmp = records.partial_name(out)
   shutil.rmtree(tmp, ignore_errors=True)
   os.makedirs(tmp)
   meta = dict(meta or {}, bos=bos, eos=eos, heldout=heldout)

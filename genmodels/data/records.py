@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 
 import numpy as np
@@ -63,6 +64,11 @@ def json_digest(tree) -> str:
   """xxh3 (64 bit, hex) of a JSON tree in canonical form; the key "xxh3" at the top is left out."""
   tree = {k: v for k, v in tree.items() if k != "xxh3"}
   return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
+
+
+def partial_name(path: str) -> str:
+  """Where to write what is renamed to `path` when it is complete; hosts that share a disk do not collide."""
+  return f"{path}.partial-{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Writer:
       raise DataError(f"data set {path}: exists already; delete it or choose another directory")
     self.path = path
     self.dtype = id_dtype(vocab_size)
-    self._tmp = f"{path}.partial-{os.getpid()}"
+    self._tmp = partial_name(path)
     shutil.rmtree(self._tmp, ignore_errors=True)
     os.makedirs(self._tmp)
     self._shard_bytes = shard_bytes

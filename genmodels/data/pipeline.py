@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,87 +23,66 @@ from genmodels.data import prepare, records, sources, tokenizers
 Batch = dict[str, np.ndarray]
 Ranges = Sequence[tuple[int, int]]
 PLAN_FILE = "data_plan.json"
+SAVE_EVERY = 16  # windows; a resumed run packs at most so many again, half a second
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+  """What a model must know about the tokens.
+
+  Fields:
+    vocab_size: ids are below it. specials: {"bos", "eos", "mask", "pad"} → id (−1: none).
+    values: data are ids below it, specials the others (vocab_size where specials stand in between).
+    seq_len: N. axes: A. sources: names by the batch's `source` index. classes: of side/label, 0 none.
+  """
+
+  vocab_size: int
+  specials: Mapping[str, int]
+  values: int
+  seq_len: int
+  axes: int = 1
+  sources: tuple[str, ...] = ("data",)
+  classes: int = 0
 
 
 class Data:
-  """Sources and the plan that orders them.
+  """A plan, the sources it orders, and the batches they make.
 
   Args:
-    planner: plan for a batch size. batch_size: default of it, 0: asked for with each call.
     readers: one for each component of the plan.
-    facts: see `meta` below.
     held: Data of the held-out documents for a batch size; None where there are none.
     plan_file: where the plan artefact lies, "" keeps none.
-  Attributes: tokenizer (None where ids stand for no text), meta (facts), readers, source_names.
+  Attributes: plan, readers, meta, tokenizer (None where ids stand for no text).
   """
 
   def __init__(
-    self, planner: Callable[[int], plans.Plan], readers: list, facts: dict, *, batch_size: int = 0,
-    tokenizer=None, token_bytes=None, held: Callable[[int], Data] | None = None, plan_file: str = "",
+    self, plan: plans.Plan, readers: list, meta: Meta, *, tokenizer=None, token_bytes=None,
+    held: Callable[[int], Data] | None = None, plan_file: str = "",
   ):  # fmt: skip
-    self.readers, self.meta, self.tokenizer = readers, facts, tokenizer
-    self._planner, self._batch_size, self._plans = planner, batch_size, {}
+    self.plan, self.readers, self.meta, self.tokenizer = plan, readers, meta, tokenizer
     self._token_bytes, self._held, self._plan_file = token_bytes, held, plan_file
+    self._lock = threading.Lock()
+    if plan_file and os.path.exists(plan_file):
+      plan.load(plan_file)
+    else:
+      self.save_plan()
+    self._saved = plan.windows
 
-  # ---- what others ask
-
-  @property
-  def source_names(self) -> tuple[str, ...]:
-    """Names by the batch's `source` index."""
-    return self.meta["source_names"]
-
-  @property
-  def sources(self) -> int:
-    return len(self.source_names)
-
-  @property
-  def row_tokens(self) -> int:
-    """N, tokens of a row."""
-    return self.meta["seq_len"]
-
-  @functools.cached_property
-  def digest(self) -> str:
-    """Of everything that determines the order of the data, whatever the batch size and the future weights."""
-    header = self._planner(1).header()
-    return records.json_digest({k: v for k, v in header.items() if k not in ("batch_size", "stages")})
-
-  def plan_for(self, batch_size: int = 0) -> plans.Plan:
-    """The plan for a global batch of so many rows; the artefact in the workdir is read and checked once.
-
-    Raises DataError if the artefact belongs to other data or options.
-    """
-    size = batch_size or self._batch_size
-    if not size:
-      raise ValueError("batch_size is not known: pass it to data.build or to this call")
-    if size not in self._plans:
-      plan = self._planner(size)
-      if self._plan_file and os.path.exists(self._plan_file):
-        plan.load(self._plan_file)
-      self._plans[size] = plan
-    return self._plans[size]
-
-  @property
-  def plan(self) -> plans.Plan:
-    return self.plan_for()
-
-  def batch(self, step: int, ranges: Ranges | None = None, *, batch_size: int = 0) -> Batch:
+  def batch(self, step: int, ranges: Ranges | None = None) -> Batch:
     """Rows of a step's global batch: those of `ranges` [(start, stop), …] in that order; None: all.
 
     Returns: the arrays `sources.assemble` lists. Pure: the same arguments give the same bytes anywhere.
     """
-    plan = self.plan_for(batch_size)
-    rows = plan.rows(0) if ranges is None else np.concatenate([np.arange(a, b) for a, b in ranges])
-    pad = max(self.meta["pad_id"], 0)
-    return sources.assemble(plan, self.readers, plan.take(step, rows), pad=pad, axes=self.meta["axes"])
+    rows = self.plan.rows(0) if ranges is None else np.concatenate([np.arange(a, b) for a, b in ranges])
+    taken = self.plan.take(step, rows)
+    if self.plan.windows >= self._saved + SAVE_EVERY:
+      self.save_plan()
+    pad = max(self.meta.specials["pad"], 0)
+    return sources.assemble(self.plan, self.readers, taken, pad=pad, axes=self.meta.axes)
 
-  def batches(
-    self, batch_size: int = 0, ranges: Ranges | None = None, start: int = 0, **kw
-  ) -> Iterator[Batch]:
-    """Batches from step `start` on, read ahead by grain; options of Loader."""
-    return Loader(self, ranges, batch_size=batch_size, **kw).at(start)
-
-  def loader(self, ranges: Ranges | None = None, **kw) -> Loader:
-    return Loader(self, ranges, **kw)
+  def loader(self, ranges: Ranges | None = None, *, threads: int = 1, prefetch: int = 8) -> Loader:
+    """Batches read ahead by grain: `.loader(ranges).at(step)`."""
+    return Loader(self, ranges, threads=threads, prefetch=prefetch)
 
   def heldout(self, batch_size: int = 0) -> Data:
     """The held-out documents: fixed order, one pass, `.plan.steps` batches (the last may have empty rows).
@@ -114,10 +94,10 @@ class Data:
         "no held-out documents: prepare the data with --heldout 0.01, or name a directory in "
         "data.heldout_path"
       )
-    return self._held(batch_size or self._batch_size)
+    return self._held(batch_size or self.plan.batch_size)
 
   def bytes_of(self, batch: Batch) -> np.ndarray:
-    """int64[b, D]: bytes of source data (pixels of an image) that each document's predicted tokens stand for.
+    """Bytes of source data (pixels of an image) behind the predicted tokens of each document, int64[b, D].
 
     Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials count 0.
     """
@@ -133,26 +113,26 @@ class Data:
     files = {id(r): r for r in self.readers if isinstance(r, sources.RecordSource)}
     return [{"path": r.path, **entry} for r in files.values() for entry in r.data.quarantine.entries]
 
-  def save_plan(self, batch_size: int = 0, steps: int = 0) -> None:
-    """Writes the plan artefact to the workdir (if there is one), reaching at least `steps`."""
-    plan = self.plan_for(batch_size)
-    plan.extend(steps)
+  def save_plan(self, steps: int = 0) -> None:
+    """Writes the plan artefact to the workdir, reaching at least `steps`; `batch` does it as the plan grows."""
+    self.plan.extend(steps)
     if self._plan_file:
-      plan.save(self._plan_file)
+      with self._lock:
+        self._saved = self.plan.windows
+        self.plan.save(self._plan_file)
 
 
 class _Steps:
   """Random access by step, for grain."""
 
-  def __init__(self, data: Data, ranges: Ranges | None, batch_size: int):
-    self._data, self._ranges, self._size = data, ranges, batch_size
+  def __init__(self, data: Data, ranges: Ranges | None):
+    self._data, self._ranges = data, ranges
 
   def __len__(self):
-    plan = self._data.plan_for(self._size)
-    return plan.steps if plan.epochs else 1 << 40
+    return self._data.plan.steps if self._data.plan.epochs else 1 << 40
 
   def __getitem__(self, step: int) -> Batch:
-    return self._data.batch(int(step), self._ranges, batch_size=self._size)
+    return self._data.batch(int(step), self._ranges)
 
 
 class Loader:
@@ -163,18 +143,10 @@ class Loader:
     threads, prefetch: of grain; 0 threads reads in the caller's thread.
   """
 
-  def __init__(
-    self,
-    data: Data,
-    ranges: Ranges | None = None,
-    *,
-    batch_size: int = 0,
-    threads: int = 1,
-    prefetch: int = 8,
-  ):
+  def __init__(self, data: Data, ranges: Ranges | None = None, *, threads: int = 1, prefetch: int = 8):
     import grain  # here: it imports jax where it finds it, and preparing or planning data need none of that
 
-    self._steps = grain.MapDataset.source(_Steps(data, ranges, batch_size))
+    self._steps = grain.MapDataset.source(_Steps(data, ranges))
     self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch if threads else 0)
 
   def at(self, step: int = 0) -> Iterator[Batch]:
@@ -253,7 +225,7 @@ class Text(_Planned):
   def _entries(self):
     return [{"path": self.path}] if self.path else [dict(s) for s in self.sources]
 
-  def facts(self, workdir: str) -> dict:
+  def facts(self, workdir: str) -> Meta:
     path, _ = sources.directory_pair(self._entries()[0]["path"])
     return _facts(self, self._tokenizer(path), records.read_manifest(path)["vocab_size"])
 
@@ -280,9 +252,11 @@ class Text(_Planned):
     if stages is None and "weight" in entries[0]:
       stages = [(0, tuple(e["weight"] for e in entries))]
     vocab = max(r.data.manifest["vocab_size"] for r in readers)
-    facts = _facts(self, tokenizer, vocab) | {
-      "source_names": tuple(names), "classes": max(r.data.manifest["features"]["classes"] for r in readers),
-    }  # fmt: skip
+    facts = dataclasses.replace(
+      _facts(self, tokenizer, vocab),
+      sources=tuple(names),
+      classes=max(r.data.manifest["features"]["classes"] for r in readers),
+    )
     table = tokenizer.token_bytes() if tokenizer else np.ones(vocab, np.int64)
     shared = {"tokenizer": tokenizer, "token_bytes": table}
     held_paths = [self.heldout_path] if self.heldout_path else [h for _, h in pairs if h]
@@ -292,14 +266,12 @@ class Text(_Planned):
       if not held:
         raise records.DataError(f"{held_paths}: the held-out part is empty; prepare with a larger --heldout")
       parts = [_component(r.path, r, source=i) for i, r in enumerate(held)]
-      planner = _planner(self, parts, cost, seed, shuffle=False, epochs=1)
-      return Data(
-        planner, held, facts | {"source_names": tuple(r.path for r in held)}, batch_size=size, **shared
-      )
+      plan = _plan(self, parts, cost, size, seed, shuffle=False, epochs=1)
+      return Data(plan, held, dataclasses.replace(facts, sources=tuple(r.path for r in held)), **shared)
 
     return Data(
-      _planner(self, components, cost, seed, stages=stages, unit=self.unit), readers, facts,
-      batch_size=batch_size, held=heldout if held_paths else None, plan_file=_plan_file(workdir), **shared,
+      _plan(self, components, cost, batch_size, seed, stages=stages, unit=self.unit), readers, facts,
+      held=heldout if held_paths else None, plan_file=_plan_file(workdir), **shared,
     )  # fmt: skip
 
   def _tokenizer(self, path):
@@ -333,7 +305,7 @@ class Python(_Planned):
     if not re.fullmatch(r"byte|bpe:\d+", self.tokenizer):
       raise ValueError("tokenizer must be 'byte' or 'bpe:N'")
 
-  def facts(self, workdir: str) -> dict:
+  def facts(self, workdir: str) -> Meta:
     if self.tokenizer == "byte":
       return _facts(self, tokenizers.ByteTokenizer())
     return self._prepared(workdir).facts(workdir)
@@ -385,7 +357,7 @@ class Digits(_Planned):
     if not 0 < self.heldout < 1:
       raise ValueError("heldout must lie between 0 and 1")
 
-  def facts(self, workdir: str) -> dict:
+  def facts(self, workdir: str) -> Meta:
     return self._shape(self._parts())[1]
 
   def _parts(self):
@@ -399,27 +371,19 @@ class Digits(_Planned):
     caption = self.tokens == "caption"
     facts = _facts(options, tokenizers.ByteTokenizer() if caption else None, sources.DIGIT_VOCAB)
     if not caption:
-      facts |= {f"{k}_id": v for k, v in sources.DIGIT_SPECIALS.items()} | {"values": sources.DIGIT_LEVELS}
-    return options, facts | {"source_names": ("digits",), "classes": 10}
+      facts = dataclasses.replace(facts, specials=sources.DIGIT_SPECIALS, values=sources.DIGIT_LEVELS)
+    return options, dataclasses.replace(facts, sources=("digits",), classes=10)
 
   def build(self, cost, batch_size, seed, workdir) -> Data:
     parts = self._parts()
     options, facts = self._shape(parts)
     text = tokenizers.ByteTokenizer() if self.tokens == "caption" else None
-    table = text.token_bytes() if text else (np.arange(facts["vocab"]) < facts["values"]).astype(np.int64)
+    table = text.token_bytes() if text else (np.arange(facts.vocab_size) < facts.values).astype(np.int64)
 
     def make(split, size, file="", held=None, **kw):
-      planner = _planner(options, [_component("digits", parts[split])], cost, seed, **kw)
-      return Data(
-        planner,
-        [parts[split]],
-        facts,
-        batch_size=size,
-        tokenizer=text,
-        token_bytes=table,
-        held=held,
-        plan_file=file,
-      )
+      plan = _plan(options, [_component("digits", parts[split])], cost, size, seed, **kw)
+      shared = {"tokenizer": text, "token_bytes": table}
+      return Data(plan, [parts[split]], facts, held=held, plan_file=file, **shared)
 
     heldout = lambda size: make("heldout", size, shuffle=False, epochs=1)
     return make("train", batch_size, _plan_file(workdir), heldout)
@@ -428,19 +392,16 @@ class Digits(_Planned):
 REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits}
 
 
-def meta(section, *, workdir: str = "", where: str = "data") -> dict[str, Any]:
-  """Facts that the other sections need, without opening the shards.
+def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
+  """Facts that the other sections need, without opening the shards (of a mixture: the first source's).
 
-  Returns: vocab (ids are below it), values (data are ids below it: vocab where specials stand in between),
-  bos_id, eos_id,
-    mask_id, pad_id (−1: none), seq_len (N), axes (A), classes (of side/label, 0 none), source_names.
   Raises: ConfigError, or DataError if prepared data are missing.
   """
   return _built(section, where, lambda c: c.facts(workdir or ""))
 
 
 def build(
-  section, cost: plans.Cost | None = None, *, batch_size: int = 0, seed: int = 0, workdir: str | None = "",
+  section, cost: plans.Cost | None = None, *, batch_size: int, seed: int = 0, workdir: str | None = "",
   where: str = "data",
 ) -> Data:  # fmt: skip
   """The data of a config section.
@@ -449,7 +410,7 @@ def build(
     section: `dict(kind="text" | "python" | "digits", …)`, or a built component of REGISTRY.
     cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
       {budget: int[P]}.
-    batch_size: rows of the global batch; 0 leaves it to the calls. seed: the run's.
+    batch_size: rows of the global batch. seed: the run's.
     workdir: keeps the plan artefact (data_plan.json), checked when the run continues, and prepared data.
   Raises: ConfigError for the section, DataError for what it finds on disk.
   """
@@ -468,15 +429,12 @@ def _built(section, where, use):
     raise e.under(where) from None
 
 
-def _facts(options: _Planned, tokenizer, vocab: int = 0) -> dict[str, Any]:
-  specials = tokenizer.specials if tokenizer else {}
+def _facts(options: _Planned, tokenizer, vocab: int = 0) -> Meta:
+  specials = dict.fromkeys(tokenizers.SPECIALS, -1) | (tokenizer.specials if tokenizer else {})
   vocab = max(vocab, tokenizer.vocab_size if tokenizer else 0)
-  first = min(specials.values(), default=vocab)
-  return {
-    "vocab": vocab, "values": first if first >= vocab - len(tokenizers.SPECIALS) else vocab,
-    **{f"{k}_id": specials.get(k, -1) for k in tokenizers.SPECIALS},
-    "seq_len": options.seq_len, "axes": options.axes, "classes": 0, "source_names": ("data",),
-  }  # fmt: skip
+  first = min((v for v in specials.values() if v >= 0), default=vocab)
+  values = first if first >= vocab - len(tokenizers.SPECIALS) else vocab
+  return Meta(vocab, specials, values, options.seq_len, options.axes)
 
 
 def _plan_file(workdir) -> str:
@@ -487,8 +445,8 @@ def _component(name, part, *, mode=0, source=0) -> plans.Component:
   return plans.Component(name, part.lengths, part.context, part.prefix, part.digest, mode, source)
 
 
-def _planner(options: _Planned, components, cost, seed, **kw) -> Callable[[int], plans.Plan]:
-  return lambda batch_size: plans.Plan(
+def _plan(options: _Planned, components, cost, batch_size, seed, **kw) -> plans.Plan:
+  return plans.Plan(
     components, seq_len=options.seq_len, batch_size=batch_size, seed=seed, packed=options.pack,
     documents=options.capacity, window=options.window, cost=cost, budgets=options.budgets,
     piece_len=options.piece_len, **kw,

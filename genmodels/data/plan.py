@@ -418,6 +418,11 @@ class Plan:
         pass
     return -(-self._prefix[-1] // self.batch_size)
 
+  @property
+  def windows(self) -> int:
+    """Windows whose rows are known."""
+    return len(self._digests)
+
   def rows(self, step: int) -> np.ndarray:
     """Row numbers int64[batch_size] of a step."""
     return np.arange(step * self.batch_size, (step + 1) * self.batch_size)

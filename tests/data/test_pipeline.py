@@ -61,17 +61,19 @@ def test_any_hosts_see_the_same_global_batch(dataset, hosts, scattered):
 def test_resume_from_any_step_is_identical(dataset, tmp_path):
   path, _ = dataset()
   work = str(tmp_path / "work")
-  d = data.build(section(path), batch_size=4, workdir=work)
-  it = d.batches(start=0)
+  d = data.build(section(path, window=10), batch_size=4, workdir=work)
+  it = d.loader().at(0)
   straight = [next(it) for _ in range(120)]
-  d.save_plan(steps=120)
   for step in (0, 1, 57, 119):
     for threads in (0, 1, 3):
-      again = data.build(section(path), batch_size=4, workdir=work).batches(start=step, threads=threads)
+      again = (
+        data.build(section(path, window=10), batch_size=4, workdir=work).loader(threads=threads).at(step)
+      )
       assert equal(straight[step], next(again))
   assert not equal(straight[0], straight[1])
+  assert data.build(section(path, window=10), batch_size=4, workdir=work).plan.windows >= 16
   with pytest.raises(DataError, match="other data or options.*seed"):
-    data.build(section(path, seed=9), batch_size=4, workdir=work).plan_for()
+    data.build(section(path, window=10, seed=9), batch_size=4, workdir=work)
 
 
 def test_rows_hold_what_the_documents_hold(dataset):
@@ -139,7 +141,7 @@ def test_too_much_loss_stops_the_iterator(dataset):
     f.seek(700)
     f.write(b"\xaa" * 40)
   d = data.build(section(path, max_quarantined=0.0), batch_size=4)
-  it = d.batches()
+  it = d.loader().at(0)
   with pytest.raises(DataError, match="max_quarantined"):
     for _ in range(60):
       next(it)
@@ -151,7 +153,7 @@ def test_mixture_of_sources_modes_and_widths(dataset):
   parts = ({"path": small, "weight": 0.5}, {"path": large, "weight": 0.25},
            {"path": large, "weight": 0.25, "mode": 1})  # fmt: skip
   d = data.build({"kind": "text", "sources": parts, "seq_len": 64}, batch_size=8)
-  assert d.source_names == ("small", "large") and d.sources == 2 and d.meta["vocab"] == 70_000
+  assert d.meta.sources == ("small", "large") and d.meta.vocab_size == 70_000
   ids, seen = [], set()
   for s in range(30):
     batch, plan = d.batch(s), d.plan.batch(s)
@@ -225,7 +227,7 @@ def test_heldout_is_one_pass_in_order_and_disjoint(tmp_path):
   size = records.read_manifest(str(tmp_path / "d" / "heldout"))["source_bytes"]
   assert sum(h.bytes_of(b).sum() for b in batches) == size > 0
   assert equal(batches[1], d.heldout().batch(1)) and not batches[0]["occurrence"].any()
-  assert len(list(h.batches())) == h.plan.steps
+  assert len(list(h.loader().at())) == h.plan.steps
   held = {tuple(map(tuple, b["tokens"])) for b in batches}
   assert held.isdisjoint(tuple(map(tuple, d.batch(s)["tokens"])) for s in range(20))
   bare = data.build({"kind": "text", "path": str(tmp_path / "d" / "train"), "seq_len": 48}, batch_size=4)
@@ -235,10 +237,10 @@ def test_heldout_is_one_pass_in_order_and_disjoint(tmp_path):
 
 def test_python_prepares_once(tmp_path, monkeypatch):
   s = {"kind": "python", "documents": 30, "seq_len": 64, "heldout": 0.3, "tokenizer": "bpe:300"}
-  assert data.meta(s, workdir=str(tmp_path))["vocab"] == 300
+  assert data.meta(s, workdir=str(tmp_path)).vocab_size == 300
   monkeypatch.setattr(prepare, "prepare", None)  # a second preparation would fail
   d = data.build(s, batch_size=4, workdir=str(tmp_path))
-  assert d.meta["mask_id"] == 298 and d.heldout().plan.steps > 0 and d.batch(0)["tokens"].max() < 300
+  assert d.meta.specials["mask"] == 298 and d.heldout().plan.steps > 0 and d.batch(0)["tokens"].max() < 300
   with pytest.raises(config.ConfigError, match="data.path.*first use"):
     data.build(s, batch_size=4)
 
@@ -251,16 +253,14 @@ def test_digits(form, N, keys):
   d = data.build({"kind": "digits", "tokens": form, "axes": 2}, batch_size=16, seed=5)
   b = d.batch(7)
   assert b["tokens"].shape == (16, N) and keys == {k for k in b if k.startswith("side/")}
-  assert (
-    d.meta["classes"] == 10 and d.row_tokens == N == data.meta({"kind": "digits", "tokens": form})["seq_len"]
-  )
+  assert d.meta.classes == 10 and d.meta.seq_len == N == data.meta({"kind": "digits", "tokens": form}).seq_len
   held = d.heldout(32)
   assert 0.05 < sum([len(r.tokens) for r in held.readers]) / 1797 < 0.15
   if form == "raster":
     assert np.array_equal(b["tokens"][:, 1:].reshape(16, 8, 8), b["side/pixels"][:, 0])
-    assert (b["tokens"][:, 0] == d.meta["bos_id"]).all() and (b["role"][:, 0] == CONTEXT).all()
+    assert (b["tokens"][:, 0] == d.meta.specials["bos"]).all() and (b["role"][:, 0] == CONTEXT).all()
     assert b["pos"][0, 1].tolist() == [1, 1] and b["pos"][0, 64].tolist() == [8, 8]
-    assert (d.bytes_of(b) == 64).all() and d.meta["values"] == 17
+    assert (d.bytes_of(b) == 64).all() and d.meta.values == 17
   if form == "caption":
     text = d.tokenizer.decode(b["tokens"][0])
     assert text.endswith(sources.DIGIT_NAMES[b["side/label"][0, 0]] + "\0" * 16)

@@ -114,7 +114,7 @@ class Data:
     return [{"path": r.path, **entry} for r in files.values() for entry in r.data.quarantine.entries]
 
   def save_plan(self, steps: int = 0) -> None:
-    """Writes the plan artefact to the workdir, reaching at least `steps`; `batch` does it as the plan grows."""
+    """Writes the plan artefact to the workdir, reaching at least `steps`; `batch` does it as it grows."""
     self.plan.extend(steps)
     if self._plan_file:
       with self._lock:

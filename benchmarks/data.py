@@ -57,27 +57,26 @@ def planned(path: str, rows: int, seq_len: int, threads: int):
 
 
 class _Documents:
-  """Random-access documents for online packing: records decoded one by one, long ones cut to a row."""
+  """Random-access documents for online packing, long ones cut to a row: read one by one, as grain reads
+  ArrayRecord, or (the most that online packing could gain from reading) all held in memory."""
 
-  def __init__(self, path: str, seq_len: int):
+  def __init__(self, path: str, seq_len: int, memory: bool):
     self._data, self._seq_len = records.Dataset(path), seq_len
+    self._all = [d.tokens for d in self._data.read(np.arange(len(self._data)))] if memory else None
 
   def __len__(self):
     return len(self._data)
 
   def __getitem__(self, i):
-    return {"tokens": self._data.read([i])[0].tokens[: self._seq_len].astype(np.int32)}
-
-  def __getitems__(self, index):
-    docs = self._data.read(index)
-    return [{"tokens": d.tokens[: self._seq_len].astype(np.int32)} for d in docs]
+    tokens = self._all[i] if self._all else self._data.read([i])[0].tokens
+    return {"tokens": tokens[: self._seq_len].astype(np.int32)}
 
 
-def online(path: str, rows: int, seq_len: int, threads: int):
+def online(path: str, rows: int, seq_len: int, threads: int, memory: bool = False):
   """grain's own best-fit packing of the same documents (64 bins)."""
   from grain.experimental import BestFitPackIterDataset
 
-  ds = grain.MapDataset.source(_Documents(path, seq_len)).shuffle(seed=0).repeat()
+  ds = grain.MapDataset.source(_Documents(path, seq_len, memory)).shuffle(seed=0).repeat()
   ds = ds.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=512 if threads else 0))
   ds = BestFitPackIterDataset(ds, length_struct={"tokens": seq_len}, num_packing_bins=64)
   return iter(ds.batch(rows, drop_remainder=True))
@@ -131,11 +130,11 @@ def _rates(path, args):
       value = rate(it, args.seconds, lambda b: int((b["doc"] >= 0).sum()))
       out.setdefault(f"planned, {threads} threads", []).append(value / 1e6)
       out["planned fill"] = float(np.mean([d.plan.fill(s)["tokens"] for s in range(200)]))
-    for threads in (0, 1, 16):
-      value = rate(
-        online(path, 8, 4096, threads), args.seconds, lambda b: int((b["tokens_segment_ids"] > 0).sum())
-      )
-      out.setdefault(f"online, {threads} threads", []).append(value / 1e6)
+    for threads, memory in ((0, False), (16, False), (0, True)):
+      it = online(path, 8, 4096, threads, memory)
+      value = rate(it, args.seconds, lambda b: int((b["tokens_segment_ids"] > 0).sum()))
+      name = "online, in memory" if memory else f"online, {threads} threads"
+      out.setdefault(name, []).append(value / 1e6)
   it = online(path, 8, 4096, 0)
   out["online fill"] = float(np.mean([(next(it)["tokens_segment_ids"] > 0).mean() for _ in range(50)]))
   return {k: {"median": statistics.median(v), "all": v} if isinstance(v, list) else v for k, v in out.items()}

@@ -5,6 +5,7 @@ Legend: P pieces.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 
 import numpy as np
@@ -90,7 +91,7 @@ def pack(sizes: Mapping[str, np.ndarray], room: Mapping[str, int], documents: in
   rest = np.stack([sizes[n] for n in others], 1)[order].tolist() if others else None
   caps = [int(room[n]) for n in others]
   out = np.empty(len(size), np.int32)
-  stacks: list[list[int]] = [[] for _ in range(cap + 1)]  # open rows by the room they have left
+  stacks: dict[int, list[int]] = collections.defaultdict(list)  # open rows by the room they have left
   mask = 0  # bit r: some open row has room r
   count: list[int] = []
   left: list[list[int]] = []

@@ -270,9 +270,11 @@ def test_a_weight_change_affects_later_steps_only(k):
   assert np.abs(_shares(staged, range(k, k + 300)) - after).max() < 0.02
 
 
-def test_a_weight_change_loses_and_repeats_nothing():
-  plan = _mixture([(0, (1, 1, 1)), (13, (3, 1, 1)), (14, (1, 1, 3)), (60, (1, 1, 1))])
-  drawn = np.concatenate([fields(plan.batch(s)) for s in range(400)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_weight_change_loses_and_repeats_nothing(packed):
+  stages = [(0, (1, 1, 1)), (13, (3, 1, 1)), (14, (1, 1, 3)), (60, (1, 1, 1))]
+  plan = _mixture(stages, packed=packed)
+  drawn = np.concatenate([fields(plan.batch(s)) for s in range(400 if packed else 900)])
   assert len(np.unique(drawn, axis=0)) == len(drawn)
   for c in range(3):
     first = drawn[(drawn[:, 0] == c) & (drawn[:, 3] == 0)]

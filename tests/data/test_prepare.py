@@ -142,6 +142,20 @@ def test_bad_input_is_named_counted_and_limited(tmp_path, capsys):
   assert sum(parts) == 50
 
 
+def test_two_processes_may_prepare_the_same_data(tmp_path, monkeypatch):
+  """The slower one finds the directory there, complete, and leaves it as it is."""
+  out = str(tmp_path / "o")
+
+  def docs():
+    yield from TEXTS
+    with monkeypatch.context() as other:
+      other.setattr(os, "getpid", lambda: 1)
+      prepare.prepare(TEXTS, out, heldout=0.2)
+
+  slow = prepare.prepare(docs(), out, heldout=0.2)
+  assert records.read_manifest(out + "/train") == slow["train"] and os.listdir(tmp_path) == ["o"]
+
+
 def test_errors_are_for_people(tmp_path, capsys):
   assert prepare.main([str(tmp_path / "nope"), "--out", str(tmp_path / "o")]) == 1
   assert "no such file" in capsys.readouterr().err

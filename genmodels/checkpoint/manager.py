@@ -26,9 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from genmodels.checkpoint import verify
@@ -342,15 +340,25 @@ class Manager:
       "repair it, or start in another workdir"
     )
 
-  def read(
-    self, step: int | None = None, shardings=None, under: str = ""
-  ) -> tuple[dict[str, jax.Array], int, Any]:
+  def recorded(self, step: int) -> dict[str, dict]:
+    """{leaf: {"shape", "dtype", "digest"}} of a step, from its digests alone.
+
+    Raises:
+      RestoreError: they are missing or damaged.
+    """
+    path = self.directory / str(step) / "digests"
+    try:
+      return verify.unseal(_read_json(path), str(path))["leaves"]
+    except (_Damaged, verify.SealError) as e:
+      raise RestoreError(f"{self.directory}, step {step}: {e}") from None
+
+  def read(self, step: int | None = None, shardings=None) -> tuple[dict[str, jax.Array], int, Any]:
     """Named arrays of the newest verified step as they were saved, whatever state they belonged to.
 
     Args:
       step: this step and no other.
-      shardings: function (name, shape) → Sharding; default: whole on the first local device.
-      under: only leaves whose name starts with it ("trees/model/").
+      shardings: function (name, shape) → Sharding, or None to leave the array unread; default: all of
+        them, whole on the first local device.
 
     Returns:
       {name: Array}, the step, the meta.
@@ -364,19 +372,19 @@ class Manager:
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     failures = []
     for s in reversed(steps):
-      values, meta, error = self._try(s, None, under, shardings or (lambda *_: one))
+      values, meta, error = self._try(s, None, shardings or (lambda *_: one))
       if error is None:
         return values, s, meta
       failures.append(f"step {s}: {error}")
       logger.error("checkpoint %s: step %d is not usable: %s", self.directory, s, error)
     raise RestoreError(f"{self.directory}: no checkpoint verifies. " + "; ".join(failures))
 
-  def _try(self, step: int, flat, under: str = "", shardings=None):
+  def _try(self, step: int, flat, shardings=None):
     """(values, meta, None) of one step, or (None, None, what is wrong), the same on all processes."""
     values = meta = None
     error, misfit = "", False
     try:
-      values, meta, recorded = self._load(step, flat, under, shardings)
+      values, meta, recorded = self._load(step, flat, shardings)
     except _Misfit as e:
       error, misfit = str(e), True
     except Exception as e:  # every kind of damage ends here: Orbax, TensorStore and JSON raise their own
@@ -397,7 +405,7 @@ class Manager:
       return None, None, f"leaf {wrong[0]}{more}: the restored bits do not have the digest taken at the save"
     return values, meta, None
 
-  def _load(self, step: int, flat, under: str, shardings):
+  def _load(self, step: int, flat, shardings):
     """Reads one step, no verification of array bits; no barrier inside."""
     path = self.directory / str(step)
     digests = verify.unseal(_read_json(path / "digests"), f"{path}/digests")
@@ -409,10 +417,11 @@ class Manager:
       want = {name: _plain_spec(x) for name, x in flat.items()}
       _compare(recorded, verify.describe(want))
     else:
+      placed = {name: shardings(name, tuple(d["shape"])) for name, d in recorded.items()}
       want = {
-        name: jax.ShapeDtypeStruct(d["shape"], d["dtype"], sharding=shardings(name, tuple(d["shape"])))
-        for name, d in recorded.items()
-        if name.startswith(under)
+        name: jax.ShapeDtypeStruct(recorded[name]["shape"], recorded[name]["dtype"], sharding=sharding)
+        for name, sharding in placed.items()
+        if sharding is not None
       }
     # The handler itself, not the Checkpointer: that one waits at a barrier for processes that failed.
     handler = ocp.PyTreeCheckpointHandler()
@@ -475,16 +484,3 @@ def _compare(recorded: Mapping[str, dict], want: Mapping[str, dict]) -> None:
       "the checkpoint holds another state: " + "; ".join(lines[:6]) + more + ". Use the config it was saved "
       "with, another workdir, or `init` to take over its parameters"
     )
-
-
-def replicated_on(mesh) -> Any:
-  """A `shardings` argument for `Manager.read`: whole on every device of `mesh`."""
-  sharding = NamedSharding(mesh, PartitionSpec())
-  return lambda name, shape: sharding
-
-
-def to_host(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-  """Replicated or local arrays as NumPy."""
-  return {
-    name: np.asarray(x.addressable_data(0) if not x.is_fully_addressable else x) for name, x in values.items()
-  }

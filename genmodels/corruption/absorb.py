@@ -87,6 +87,7 @@ class Absorb(Corruption):
   complement: bool = False
 
   def __post_init__(self):
+    super().__post_init__()
     object.__setattr__(self, "band", tuple(map(Schedule.of, self.band)))
     for name, allowed in (
       ("unit", ("doc", "block")),
@@ -131,7 +132,7 @@ class Absorb(Corruption):
       marginal = jnp.concatenate([marginal, other], 1)
       nelbo = jnp.concatenate([nelbo, 1 / jnp.maximum(other, 1e-6)], 1)
       t = jnp.concatenate([t, 1 - t], 1)
-    return self.noise(row, lo, hi, hit, t, marginal, nelbo)
+    return self.noise(row, lo, hi, hit, t, marginal, nelbo, drop=self.dropped(row, key, at, bound))
 
   def levels(self, row, lo, hi, key, at, step, bound) -> Array:
     """Level t in (0, 1] of each token's unit, float32[B, N]. `at` keys the draw, `step` the schedules."""

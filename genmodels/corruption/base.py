@@ -14,6 +14,7 @@ import numpy as np
 from genmodels import rows
 from genmodels.config import Schedule
 from genmodels.contracts import TEXT, Noise, Row
+from genmodels.corruption import rng
 
 Array = jax.Array
 
@@ -71,11 +72,18 @@ class Corruption:
 
   Fields:
     blocks: see `Blocks`.
+    drop: probability that a document's conditions are dropped, for classifier-free guidance. Draws of
+      a likelihood bound drop nothing.
   """
 
   blocks: Blocks = dataclasses.field(default_factory=Blocks)
+  drop: float = 0.0
 
   copies = 1  # noisy copies drawn per token
+
+  def __post_init__(self):
+    if not 0 <= self.drop <= 1:
+      raise ValueError(f"drop is {self.drop}; it is a probability")
 
   def draw(self, row: Row, key: Array, step, latent=None, bound: tuple | None = None) -> Noise:
     """Noise of one training step.
@@ -95,6 +103,12 @@ class Corruption:
     hit = jnp.logical_not(committed) & eligible(row)
     share = rows.count_in(lo, hi, hit) / jnp.maximum(rows.count_in(lo, hi, eligible(row)), 1)
     return self.noise(row, lo, hi, hit[:, None], share[:, None].astype(jnp.float32))
+
+  def dropped(self, row: Row, key: Array, at, bound: tuple | None = None) -> Array | None:
+    """bool[B, D]: documents whose conditions this draw drops, one draw per document; None: none are."""
+    if self.drop == 0 or bound is not None:
+      return None
+    return rng.doc_uniform(row, key, at, 0, rng.DROP) < self.drop
 
   def noise(self, row, lo, hi, hit, level, marginal=None, nelbo=None, **kw) -> Noise:
     """Assembles a Noise; `order` is the logical order unless given."""
@@ -120,4 +134,5 @@ class Clean(Corruption):
   def draw(self, row, key, step, latent=None, bound=None) -> Noise:
     lo, hi = self.blocks.bounds(row, step)
     hit = jnp.zeros_like(row.doc, bool)[:, None]
-    return self.noise(row, lo, hi, hit, jnp.zeros(hit.shape, jnp.float32), jnp.ones(hit.shape, jnp.float32))
+    level, marginal = jnp.zeros(hit.shape, jnp.float32), jnp.ones(hit.shape, jnp.float32)
+    return self.noise(row, lo, hi, hit, level, marginal, drop=self.dropped(row, key, step, bound))

@@ -3,3 +3,8 @@
 `build(section, cost)` gives a `Data`: what the trainer needs and all it needs. Nothing here imports jax: the
 plan's workers stay light, and the packer asks the layout for costs through a callable that it is handed.
 """
+
+from genmodels.data.pipeline import Data, Loader, Meta, build
+from genmodels.data.records import DataError
+
+__all__ = ["Data", "DataError", "Loader", "Meta", "build"]

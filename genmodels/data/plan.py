@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from genmodels.data.records import CONTEXT, TEXT, DataError, json_digest
+from genmodels.data.records import DataError, json_digest
 
 VERSION = 1
 MIN_ROWS = 64  # a window of a tiny source spans epochs, so that its last, half-empty row is one of many
@@ -278,7 +278,12 @@ class _Stage:
   end: int | None = None  # row where the next stage begins
 
 
-Cost = Callable[[Mapping[int, np.ndarray], int], Mapping[str, np.ndarray]]
+# Layout.cost: ({"context": int[P], "text": int[P]}, mode) -> {budget: int[P]}.
+Cost = Callable[[Mapping[str, np.ndarray], int], Mapping[str, np.ndarray]]
+
+
+def _roles(context, text):
+  return {"context": context, "text": text}
 
 
 class Plan:
@@ -292,7 +297,7 @@ class Plan:
     unit: what weights are shares of, "tokens" or "pieces".
     packed: False puts one piece in a row.
     documents: D; 0 chooses one that costs at most half a percent of the rows.
-    cost: `Layout.cost`, called with {CONTEXT: int[P], TEXT: int[P]} and a mode, returning {budget: int[P]}.
+    cost: `Layout.cost`, called with {"context": int[P], "text": int[P]} and a mode, returning {budget: int[P]}.
     budgets: {budget: capacity of a row}; by default what one document of N TEXT tokens costs.
     piece_len: longest piece, default N.
     shuffle: False keeps the order of the documents. epochs: 1 ends after one pass (0: endless).
@@ -328,7 +333,7 @@ class Plan:
     self._offsets = np.cumsum([0] + [p.documents for p in self._pieces])
     self.budgets = {"tokens": seq_len}
     if cost is not None:
-      full = [cost({CONTEXT: np.zeros(1, np.int64), TEXT: np.full(1, seq_len)}, m) for m in self._modes()]
+      full = [cost(_roles(np.zeros(1, np.int64), np.full(1, seq_len)), m) for m in self._modes()]
       self.budgets |= {n: int(max(np.max(f[n]) for f in full if n in f)) for f in full for n in f}
       if unknown := set(budgets or {}) - set(self.budgets):
         raise ValueError(f"budgets {sorted(unknown)}: the layout's cost knows {sorted(self.budgets)}")
@@ -428,7 +433,7 @@ class Plan:
     sizes = {"tokens": pieces.length.astype(np.int64)}
     if self.cost is None:
       return sizes
-    roles = {CONTEXT: pieces.context.astype(np.int64), TEXT: (pieces.length - pieces.context).astype(np.int64)}
+    roles = _roles(pieces.context.astype(np.int64), (pieces.length - pieces.context).astype(np.int64))
     mode = np.asarray([c.mode for c in self.components])[pieces.component]
     for m in self._modes():
       at = np.flatnonzero(mode == m)
@@ -581,7 +586,7 @@ class Plan:
     cost = {}
     if self.cost is not None:
       for m in self._modes():
-        values = self.cost({CONTEXT: np.ones_like(probe), TEXT: probe - 1}, m)
+        values = self.cost(_roles(np.ones_like(probe), probe - 1), m)
         cost[str(m)] = {n: np.asarray(v).tolist() for n, v in values.items()}
     return {
       "version": VERSION, "seed": self.seed, "seq_len": self.seq_len, "piece_len": self.piece_len,

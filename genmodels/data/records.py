@@ -177,6 +177,7 @@ class Writer:
     self._shards, self._lengths, self._contexts = [], [], []
     self._writer = None
     self._spans = False
+    self._features = dict(classes=0, modality=False, shape=False, conditions=0)
     self._source_bytes = 0
 
   def write(self, doc: Document) -> None:
@@ -205,6 +206,11 @@ class Writer:
     self._lengths.append(len(tokens))
     self._contexts.append(doc.context_tokens())
     self._spans |= bool(doc.spans)
+    f = self._features
+    f["classes"] = max(f["classes"], doc.label + 1)
+    f["modality"] |= doc.modality > 0
+    f["shape"] |= bool(doc.shape)
+    f["conditions"] = max(f["conditions"], len(doc.conditions))
     self._source_bytes += doc.source_bytes
     if shard["payload"] >= self._shard_bytes:
       self._close_shard()
@@ -229,7 +235,7 @@ class Writer:
     contexts = set(self._contexts)
     manifest = self._manifest | dict(
       documents=len(self._lengths), tokens=sum(self._lengths), source_bytes=self._source_bytes,
-      spans=self._spans, lengths=self._array("lengths.npy", self._lengths), shards=self._shards,
+      spans=self._spans, features=self._features, lengths=self._array("lengths.npy", self._lengths), shards=self._shards,
       # Almost always every document has the same context (BOS): then no array is stored.
       context=contexts.pop() if len(contexts) == 1 else self._array("context.npy", self._contexts),
     )  # fmt: skip

@@ -30,20 +30,22 @@ def leak_closure(dense, carries, targets) -> list[tuple[int, int, int]]:
 
   Args:
     dense: bool[S, S], visible keys by query (the union over patterns if layers use several).
-    carries: int[S], the token whose clean identity the slot's input holds, −1 if none (a masked slot).
+    carries: int[S], the token whose clean identity the slot's input holds, −1 if none (a masked slot);
+      or bool[S, N], all tokens that it holds something of.
     targets: int[S], or a sequence of (slot, token): the token each slot predicts, −1 if none.
 
   Returns:
     (query slot, leaking slot, token) of each leak; empty if the system is sound.
   """
   seen, carries = reach(dense), np.asarray(carries)
+  holds = (lambda token: carries == token) if carries.ndim == 1 else (lambda token: carries[:, token])
   targets = np.asarray(targets)
   pairs = enumerate(targets) if targets.ndim == 1 else targets
   return [
     (int(slot), int(source), int(token))
     for slot, token in pairs
     if slot >= 0 and token >= 0
-    for source in np.nonzero(seen[slot] & (carries == token))[0]
+    for source in np.nonzero(seen[slot] & holds(token))[0]
   ]
 
 

@@ -172,6 +172,14 @@ class Objective:
     value = self.mask_id if noise.value is None else jnp.take_along_axis(noise.value.reshape(B, -1), at, 1)
     return jnp.where(hit, value, token)
 
+  def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
+    """bool[B, S, N]: the tokens that a slot's input holds something of. Quadratic: for the leak law."""
+    B, N = row.tokens.shape
+    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
+    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1)
+    shown = (slots.src >= 0) & ((copy < 0) | ~hit)  # a noisy slot shows its token where that was not hit
+    return shown[..., None] & (slots.src[..., None] == rows.coordinates(row.doc)[:, None])
+
   def read(self, row: Row, noise: Noise, slots: Slots, term: Term) -> Array:
     """int32[B, N]: the slot whose hidden state predicts token n under the term's alignment."""
     streams = self.layout.streams
@@ -298,8 +306,16 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.flow import TextImageFlow
+  from genmodels.objectives.image import NextScale, NextTokenImage
 
-  return {"tokens": Objective, "block_distill": BlockDistill}
+  return {
+    "tokens": Objective,
+    "block_distill": BlockDistill,
+    "next_token_image": NextTokenImage,
+    "next_scale": NextScale,
+    "text_image_flow": TextImageFlow,
+  }
 
 
 def build(section, meta: Mapping[str, Any] | None = None) -> Objective:

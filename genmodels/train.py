@@ -211,7 +211,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
             record(*pending)
             pending = None
           with ledger.span("eval"):
-            result = held(steps.evaluated_trees(state, tcfg))
+            result = held(steps.evaluated_trees(state, tcfg), at)
             run.evals.append({"step": at, **result})
             metric = result[evals.METRIC]
             if lead:

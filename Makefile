@@ -7,6 +7,8 @@
 #
 # PYTHON=  interpreter to use (default: the first one >= 3.11 that runs)   VENV=  where the environment goes
 # WORKERS= test processes   ARGS=  passed on: make test ARGS="-k masks"    PIP_ARGS=  passed to pip install
+# test-all installs PyTorch too; PyPI's build for Linux brings CUDA (GBs), which this avoids:
+#   make test-all PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 SHELL   := /bin/bash
 VENV    ?= .venv
@@ -39,7 +41,7 @@ test: $(VENV)/.stamp-dev
 	$(PYTEST) -n $(WORKERS) -m "$(FAST) and strict" $(ARGS) $(OR_EMPTY)
 
 # What test-all adds to test: reference parity, long tests, own processes, TPU compiles (libtpu: one process).
-test-extra: $(VENV)/.stamp-dev $(VENV)/.stamp-parity
+test-extra: $(VENV)/.stamp-dev $(VENV)/.stamp-parity $(VENV)/.stamp-tpu
 	$(PYTEST) -n $(WORKERS) -m "(slow or parity) and not (full or aot or multiprocess)" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "multiprocess and not full" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "aot and not (full or multiprocess)" $(ARGS) $(OR_EMPTY)

@@ -35,6 +35,7 @@ EXTRAS = {
   "audio": ["soundfile>=0.12"],
   "eval": ["lm-eval>=0.4.5"],
   "dev": [
+    "setuptools>=77",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",

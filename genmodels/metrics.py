@@ -123,6 +123,17 @@ def model_flops(
   )
 
 
+def flops_of(model: Any, trainable: Any = None) -> ModelFlops:
+  """ModelFlops of a `models.Model`: heads by path, head dimensions and layers from its config."""
+  cfg = model.cfg
+  specs = [spec for s in cfg.segments for spec in s.pattern for _ in range(s.repeats)]
+  attention = collections.Counter()
+  for spec in specs:
+    attention[spec.mask] += cfg.num_heads * cfg.head_dim
+  heads = {name: "^embed/tokens/" if head.tied else f"^heads/{name}/" for name, head in cfg.heads}
+  return model_flops(model.abstract_params(), model.logical_axes(), attention, heads, trainable)
+
+
 def step_flops(model: ModelFlops, work: Mapping[str, Any], passes: int = 3) -> dict[str, float]:
   """FLOPs of one net call over the global batch (sum them over the calls of a step).
 
@@ -167,6 +178,32 @@ def limbs(counts: Array) -> Array:
   x = counts.astype(jnp.uint32).reshape(-1)
   shifts = jnp.arange(4, dtype=jnp.uint32) * 8
   return jnp.sum((x[:, None] >> shifts) & 255, axis=0, dtype=jnp.uint32)
+
+
+def sum_work(
+  work: Mapping[str, Any], rows: int, reads: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+  """`Outputs.work` reduced inside jit to what `read_work` turns into totals.
+
+  Args:
+    work: {"slots": int32, "pairs": {pattern: int32[B or 1, S]}}; a mask of one row is shared by all.
+    rows: B.
+    reads: {head: number of read positions, times draws}, int32.
+  """
+  out = {"slots": work["slots"]}
+  for pattern, n in work["pairs"].items():
+    out[f"pairs/{pattern}"] = limbs(jnp.broadcast_to(n, (rows, *n.shape[1:])))
+  return out | {f"reads/{head}": n for head, n in (reads or {}).items()}
+
+
+def read_work(work: Mapping[str, Any]) -> dict[str, Any]:
+  """The host totals that `step_flops` takes, from the fetched result of `sum_work`."""
+  group = lambda kind: {k.partition("/")[2]: v for k, v in work.items() if k.startswith(kind + "/")}
+  return {
+    "slots": int(work["slots"]),
+    "pairs": {p: unlimb(v) for p, v in group("pairs").items()},
+    "reads": {h: int(n) for h, n in group("reads").items()},
+  }
 
 
 def unlimb(x: Any) -> int:

@@ -30,8 +30,8 @@ from genmodels.contracts import Array
 NAMES = ("adamw", "muon", "adafactor", "schedule_free", "sgd")
 KINDS = ("constant", "cosine", "linear", "wsd")
 
-# Axes over which a leaf is a stack of independent weights (None: AdaLN's six modulations).
-STACK_AXES = frozenset({"layers", "expert", None})
+# Axes over which a leaf is a stack of independent weights.
+STACK_AXES = frozenset({"layers", "expert"})
 # Axes that form one dimension of a matrix when they stand side by side: [heads, head_dim].
 HEAD_AXES = frozenset({"heads", "kv_heads", "head_dim"})
 # Axes that are looked up by index: rows of a table are no input of a matrix product.
@@ -168,33 +168,34 @@ class OptimConfig:
 def role(axes: tuple[str | None, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
   """What a parameter is, from the names of its axes.
 
-  Stack axes are set aside, adjacent head axes are folded; two dimensions are then left of a matrix.
+  Stack axes are set aside, adjacent head axes are folded; two dimensions are then left of a matrix,
+  or three with a nameless one between them, which counts as a stack (AdaLN's six modulations).
   Weights are stored input first (einsum "...i,io->...o"), so the first is the reduction.
 
   Args:
     axes: logical axis names, one for each dimension.
 
   Returns:
-    (kind, reduction, output): kind is "matrix", "head" (a matrix onto a table axis: logits),
-    "table" (embeddings) or "vector" (norms, biases, everything else); reduction and output are the
-    dimensions of a matrix or head, else empty.
+    (kind, reduction, output): kind is "matrix", "head" (a matrix onto a table axis or a nameless one:
+    logits, features), "table" (embeddings) or "vector" (norms, biases, everything else); reduction and
+    output are the dimensions of a matrix or head, else empty.
   """
   groups: list[list[int]] = []
   for i, name in enumerate(axes):
     if name in STACK_AXES:
       continue
-    folds = groups and groups[-1][-1] == i - 1 and name in HEAD_AXES and axes[i - 1] in HEAD_AXES
-    if folds:
+    if groups and groups[-1][-1] == i - 1 and name in HEAD_AXES and axes[i - 1] in HEAD_AXES:
       groups[-1].append(i)
     else:
       groups.append([i])
-  if len(groups) != 2:
-    return ("table" if groups and axes[groups[0][0]] in TABLE_AXES and len(groups) > 1 else "vector"), (), ()
-  reduction, output = tuple(groups[0]), tuple(groups[1])
-  if axes[reduction[0]] in TABLE_AXES:
+  if len(groups) == 3 and axes[groups[1][0]] is None:
+    del groups[1]
+  if len(groups) > 1 and axes[groups[0][0]] in TABLE_AXES:
     return "table", (), ()
-  kind = "head" if axes[output[0]] in TABLE_AXES else "matrix"
-  return kind, reduction, output
+  if len(groups) != 2:
+    return "vector", (), ()
+  output = axes[groups[1][0]]
+  return "head" if output is None or output in TABLE_AXES else "matrix", tuple(groups[0]), tuple(groups[1])
 
 
 def labels(cfg: OptimConfig, abstract_params: Any, logical_axes: Any) -> Any:

@@ -1,7 +1,7 @@
 """`genmodels systems`: every system, its paper, its variants and the tests that pin it.
 
 The list is read from the configs: each file under configs/ states `paper` (title, arXiv id, row in the
-triage table of the seed papers, None where the system is none of them) and `tests` (pytest node ids).
+triage table of published systems, -1 where the system is none of them) and `tests` (pytest node ids).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from genmodels import config
 
 @dataclasses.dataclass(frozen=True)
 class Paper:
-  """title; arxiv: id without version, "" if there is none; row: number in the triage table, or None."""
+  """title; arxiv: id without version, "" if there is none; row: number in the triage table, or -1."""
 
   title: str
   arxiv: str = ""
-  row: int | None = None
+  row: int = -1
 
   def __post_init__(self):
     if not self.title.strip():
       raise ValueError("title is empty")
-    if self.row is not None and not 0 <= self.row < 274:
-      raise ValueError("row must be a row of the triage table, 0 to 273")
+    if not -1 <= self.row < 274:
+      raise ValueError("row must be a row of the triage table, 0 to 273, or -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
     return
   table = [("system", "variants", "row", "arXiv", "tests", "paper")]
   for s in systems:
-    row = "" if s.paper.row is None else str(s.paper.row)
-    table.append((s.name, ",".join(s.variants), row, s.paper.arxiv, str(len(s.tests)), s.paper.title))
+    row = "-" if s.paper.row < 0 else str(s.paper.row)
+    table.append((s.name, ",".join(s.variants), row, s.paper.arxiv or "-", str(len(s.tests)), s.paper.title))
   widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
   for line in table:
     print("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths)).rstrip())

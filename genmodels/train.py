@@ -138,7 +138,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: replicated: {text}")
 
   # -- step, data, evaluation, samples -----------------------------------------------------------------
-  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=parts.data.sources)
+  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=len(parts.data.meta.sources))
   compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
@@ -149,12 +149,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()
   run = Run(state, parts, mesh, start, {}, [], False)
-  tokens_per_step = parts.data.row_tokens * batch_size
+  tokens_per_step = parts.data.meta.seq_len * batch_size
 
-  def record(at: int, m: dict) -> None:
+  def record(at: int, m: dict, documents: list) -> None:
     """Metrics of step `at`, fetched when the next one is already running."""
+    m = jax.device_get(m)  # waits for the step: this time is the step's
     with ledger.span("metrics"):
-      m = jax.device_get(m)
       meter.add(
         tokens=tokens_per_step,
         slots=sum(int(w["slots"]) for w in m["work"].values() if w),
@@ -163,11 +163,11 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
-        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {batch_ids.get(at - 1)}")
+        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents[:8]} …")
       if at % tcfg.log_every and at != tcfg.steps:
         return
       for term, sums in m["source"].items():
-        scalars |= metrics.group_means(f"source/{term}", sums, parts.data.source_names)
+        scalars |= metrics.group_means(f"source/{term}", sums, parts.data.meta.sources)
       scalars |= meter.report(at) | {"lr": float(lr(at - 1)), "rss_bytes": metrics.rss_bytes()}
       run.last = scalars
       if lead:
@@ -177,28 +177,27 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
 
   def save(at: int, metric=None) -> None:
     with ledger.span("save"):
-      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.digest}, metric=metric)
+      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.plan.chain()[-1:]}, metric=metric)
 
-  batch_ids: dict[int, list] = {}
   pending = None
-  transfers = contextlib.nullcontext() if debug else jax.transfer_guard("disallow")
+  # After the first step nothing may move between host and device unless the code says so.
+  guard = (lambda: jax.transfer_guard("disallow")) if not debug else contextlib.nullcontext
   try:
     with rules.use_mesh(mesh), _debugging(debug, say):
       ledger.begin(restored=start)
-      batches = parts.data.batches(batch_size, ranges, start)
+      batches = parts.data.loader(ranges).at(start)
       for at in range(start + 1, tcfg.steps + 1):
         with ledger.span("data"):
           local = next(batches)
           row = system.row_of(multihost.global_batch(local, mesh, batch_size))
-        batch_ids = {at - 1: batch_ids.get(at - 1), at - 1 + 0: local["example_id"].reshape(-1, 2)[:16].tolist()}
-        with transfers if at > start + 1 else contextlib.nullcontext():
-          with ledger.span("compile") if at == start + 1 else contextlib.nullcontext():
-            state, m = compiled(state, row, key)
-            if mesh.size > 1 and jax.default_backend() == "cpu" or at == start + 1:
-              jax.block_until_ready(m)  # more steps in flight deadlock host collectives on few cores
+        first = at == start + 1
+        with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
+          state, m = compiled(state, row, key)
+          if first or (mesh.size > 1 and jax.default_backend() == "cpu"):
+            jax.block_until_ready(m)  # several steps in flight deadlock host collectives on few cores
         if pending is not None:
           record(*pending)
-        pending = (at, m)
+        pending = (at, m, local["example_id"].reshape(-1, 2).tolist())
         run.state, run.step = state, at
 
         metric = None
@@ -267,5 +266,6 @@ def main(argv: list[str] | None = None) -> int:
   multihost.initialize()
   run = train(cfg, args.workdir, debug=args.debug)
   if jax.process_index() == 0 and not run.stopped:
-    print(f"done: step {run.step}, loss {run.last.get('loss', float('nan')):.4f}, workdir {args.workdir}")
+    loss = f", loss {run.last['loss']:.4f}" if run.last else ""
+    print(f"done: step {run.step}{loss}, workdir {args.workdir}")
   return 0

@@ -16,6 +16,22 @@ from genmodels.config import ConfigError
 # Every flag of every verb. A new flag is a promise: add it here on purpose, or make it a key of a config.
 FLAGS = {
   "": {"--version", "--traceback", "--help"},
+  "prepare": {
+    "--help",
+    "--out",
+    "--tokenizer",
+    "--heldout",
+    "--text",
+    "--prompt",
+    "--split",
+    "--no-bos",
+    "--no-eos",
+    "--shard-mb",
+    "--compression",
+    "--max-bad",
+    "--verify",
+  },  # fmt: skip
+  "train": {"--help", "--config", "--workdir", "--debug"},
   "systems": {"--help", "--json"},
 }
 

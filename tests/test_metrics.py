@@ -81,6 +81,16 @@ def test_limbs_are_exact_where_int32_overflows():
   assert int(jnp.sum(x)) != exact  # negative control
 
 
+def test_work_of_a_shared_mask_counts_every_row():
+  work = {"slots": jnp.int32(24), "pairs": {"full": jnp.full((1, 8), 5), "local": jnp.full((3, 8), 2)}}
+  got = jax.jit(lambda w: metrics.sum_work(w, 3, {"text": jnp.int32(7)}))(work)
+  assert metrics.read_work(jax.device_get(got)) == {
+    "slots": 24,
+    "pairs": {"full": 3 * 8 * 5, "local": 3 * 8 * 2},
+    "reads": {"text": 7},
+  }
+
+
 def test_peak_table_and_the_unknown_device():
   assert metrics.peak("TPU v5 lite").flops == 197e12  # not the "TPU v5" of the v5p
   assert metrics.peak("TPU v5").flops == 459e12

@@ -79,6 +79,11 @@ def test_roles_follow_the_axis_names_and_not_ndim():
   assert optim.role(("layers", "expert", "embed", "mlp")) == ("matrix", (2,), (3,))
   assert optim.role(("layers", "expert", "mlp"))[0] == "vector"
   assert optim.role(("layers", "cond", None, "embed")) == ("matrix", (1,), (3,))  # six modulations
+  assert optim.role((None, "embed")) == ("matrix", (0,), (1,))  # a projection of features
+  assert (
+    optim.role(("embed", None)) == ("head", (0,), (1,)) and optim.role((None, "embed", None))[0] == "vector"
+  )
+  assert optim.role(("pos", "cond"))[0] == "table" and optim.role((None, "embed"))[0] != "table"
 
 
 def test_muon_labels_and_the_mistake_that_optax_makes_without_them():

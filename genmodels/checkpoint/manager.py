@@ -26,9 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from genmodels.checkpoint import verify
@@ -40,7 +38,7 @@ logger = logging.getLogger(__name__)
 QUARANTINE = "damaged"  # under the checkpoint directory: steps that failed verification
 
 
-class RestoreError(RuntimeError):
+class RestoreError(ValueError):
   """No step could be restored although steps exist; or the state does not fit the checkpoint."""
 
 
@@ -58,17 +56,15 @@ class _Misfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save, what to keep.
+  """What to keep, and how long a save may take.
 
   Fields:
-    every: steps between saves; 0 saves at the end and on SIGTERM only.
     keep_last: newest steps kept; at least 2, so that a damaged newest step has an older one behind it.
     keep_every: also keep the steps that are multiples of it; 0 none.
     keep_best: also keep this many steps of lowest `metric`; 0 none.
     deadline_s: seconds that a save may take before the run is stopped with an error.
   """
 
-  every: int = 1000
   keep_last: int = 3
   keep_every: int = 0
   keep_best: int = 0
@@ -79,7 +75,7 @@ class CheckpointConfig:
       raise ValueError(
         f"keep_last = {self.keep_last}: with fewer than 2, one damaged file loses the run; set 2 or more"
       )
-    for name in ("every", "keep_every", "keep_best"):
+    for name in ("keep_every", "keep_best"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} = {getattr(self, name)}: 0 (off) or more")
     if self.deadline_s <= 0:
@@ -132,7 +128,7 @@ class Manager:
 
   Args:
     directory: created if it does not exist, unless read_only.
-    cfg: when and what to keep.
+    cfg: what to keep.
     read_only: never writes, moves or deletes anything there (another run's directory).
   """
 
@@ -342,15 +338,25 @@ class Manager:
       "repair it, or start in another workdir"
     )
 
-  def read(
-    self, step: int | None = None, shardings=None, under: str = ""
-  ) -> tuple[dict[str, jax.Array], int, Any]:
+  def recorded(self, step: int) -> dict[str, dict]:
+    """{leaf: {"shape", "dtype", "digest"}} of a step, from its digests alone.
+
+    Raises:
+      RestoreError: they are missing or damaged.
+    """
+    path = self.directory / str(step) / "digests"
+    try:
+      return verify.unseal(_read_json(path), str(path))["leaves"]
+    except (_Damaged, verify.SealError) as e:
+      raise RestoreError(f"{self.directory}, step {step}: {e}") from None
+
+  def read(self, step: int | None = None, shardings=None) -> tuple[dict[str, jax.Array], int, Any]:
     """Named arrays of the newest verified step as they were saved, whatever state they belonged to.
 
     Args:
       step: this step and no other.
-      shardings: function (name, shape) → Sharding; default: whole on the first local device.
-      under: only leaves whose name starts with it ("trees/model/").
+      shardings: function (name, shape) → Sharding, or None to leave the array unread; default: all of
+        them, whole on the first local device.
 
     Returns:
       {name: Array}, the step, the meta.
@@ -364,19 +370,19 @@ class Manager:
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     failures = []
     for s in reversed(steps):
-      values, meta, error = self._try(s, None, under, shardings or (lambda *_: one))
+      values, meta, error = self._try(s, None, shardings or (lambda *_: one))
       if error is None:
         return values, s, meta
       failures.append(f"step {s}: {error}")
       logger.error("checkpoint %s: step %d is not usable: %s", self.directory, s, error)
     raise RestoreError(f"{self.directory}: no checkpoint verifies. " + "; ".join(failures))
 
-  def _try(self, step: int, flat, under: str = "", shardings=None):
+  def _try(self, step: int, flat, shardings=None):
     """(values, meta, None) of one step, or (None, None, what is wrong), the same on all processes."""
     values = meta = None
     error, misfit = "", False
     try:
-      values, meta, recorded = self._load(step, flat, under, shardings)
+      values, meta, recorded = self._load(step, flat, shardings)
     except _Misfit as e:
       error, misfit = str(e), True
     except Exception as e:  # every kind of damage ends here: Orbax, TensorStore and JSON raise their own
@@ -397,7 +403,7 @@ class Manager:
       return None, None, f"leaf {wrong[0]}{more}: the restored bits do not have the digest taken at the save"
     return values, meta, None
 
-  def _load(self, step: int, flat, under: str, shardings):
+  def _load(self, step: int, flat, shardings):
     """Reads one step, no verification of array bits; no barrier inside."""
     path = self.directory / str(step)
     digests = verify.unseal(_read_json(path / "digests"), f"{path}/digests")
@@ -409,10 +415,11 @@ class Manager:
       want = {name: _plain_spec(x) for name, x in flat.items()}
       _compare(recorded, verify.describe(want))
     else:
+      placed = {name: shardings(name, tuple(d["shape"])) for name, d in recorded.items()}
       want = {
-        name: jax.ShapeDtypeStruct(d["shape"], d["dtype"], sharding=shardings(name, tuple(d["shape"])))
-        for name, d in recorded.items()
-        if name.startswith(under)
+        name: jax.ShapeDtypeStruct(recorded[name]["shape"], recorded[name]["dtype"], sharding=sharding)
+        for name, sharding in placed.items()
+        if sharding is not None
       }
     # The handler itself, not the Checkpointer: that one waits at a barrier for processes that failed.
     handler = ocp.PyTreeCheckpointHandler()
@@ -475,16 +482,3 @@ def _compare(recorded: Mapping[str, dict], want: Mapping[str, dict]) -> None:
       "the checkpoint holds another state: " + "; ".join(lines[:6]) + more + ". Use the config it was saved "
       "with, another workdir, or `init` to take over its parameters"
     )
-
-
-def replicated_on(mesh) -> Any:
-  """A `shardings` argument for `Manager.read`: whole on every device of `mesh`."""
-  sharding = NamedSharding(mesh, PartitionSpec())
-  return lambda name, shape: sharding
-
-
-def to_host(values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-  """Replicated or local arrays as NumPy."""
-  return {
-    name: np.asarray(x.addressable_data(0) if not x.is_fully_addressable else x) for name, x in values.items()
-  }

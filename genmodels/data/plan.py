@@ -35,15 +35,22 @@ _U = np.uint64
 # --------------------------------------------------------------------------------------------- cipher
 
 
+_GOLDEN = _U(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+  """The splitmix64 finaliser (Steele et al. 2014) of a uint64 array; arrays wrap silently."""
+  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
+  return x ^ (x >> _U(31))
+
+
 def hash64(*values) -> np.ndarray:
-  """A 64-bit hash of uint64 arrays (splitmix64 finaliser, Steele et al. 2014, chained)."""
-  h = np.zeros((), _U)
+  """A 64-bit hash of uint64 numbers or arrays."""
   with np.errstate(over="ignore"):
+    h = np.zeros((), _U)
     for v in values:
-      h = (h ^ np.asarray(v, _U)) + _U(0x9E3779B97F4A7C15)
-      h = (h ^ (h >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-      h = (h ^ (h >> _U(27))) * _U(0x94D049BB133111EB)
-      h = h ^ (h >> _U(31))
+      h = _mix((h ^ np.asarray(v, _U)) + _GOLDEN)
   return h
 
 
@@ -52,22 +59,23 @@ def permute(index, size: int, key) -> np.ndarray:
 
   Args:
     index: int[...] in [0, size).
-    key: uint64, scalar or an array like `index` (every element under its own key).
+    key: uint64 (a hash), scalar or an array like `index` (every element under its own key).
   """
   index = np.asarray(index, np.int64)
   bits = max(int(size - 1).bit_length(), 2)
   low = bits // 2
   shift, low_mask, high_mask = _U(low), _U((1 << low) - 1), _U((1 << (bits - low)) - 1)
-  keys = np.broadcast_to(np.asarray(key, _U), index.shape)
-  out = index.astype(_U)
-  walking = np.arange(out.size)
-  flat, flat_keys = out.reshape(-1), keys.reshape(-1)
+  flat = index.astype(_U).reshape(-1)
+  keys = np.broadcast_to(np.asarray(key, _U), index.shape).reshape(-1)
+  walking = np.arange(flat.size)
   while walking.size:
-    x, k = flat[walking], flat_keys[walking]
+    x, k = flat[walking], keys[walking]
     a, b = x & low_mask, x >> shift
-    for r in range(4):
-      a = a ^ (hash64(b, k + _U(2 * r)) & low_mask)
-      b = b ^ (hash64(a, k + _U(2 * r + 1)) & high_mask)
+    for _ in range(4):
+      a = a ^ (_mix(b ^ k) & low_mask)
+      k = k + _GOLDEN
+      b = b ^ (_mix(a ^ k) & high_mask)
+      k = k + _GOLDEN
     flat[walking] = x = (b << shift) | a
     walking = walking[x >= _U(size)]
   return flat.reshape(index.shape).astype(np.int64)
@@ -191,6 +199,7 @@ class _Pieces:
     stride = max(piece_len - 1, 1)
     extra = -(-(lengths[self._long].astype(np.int64) - 1) // stride) - 1
     self._ends = np.cumsum(extra)
+    self._starts = None
     more = int(self._ends[-1]) if len(extra) else 0
     self.size = self.documents + more
     self.tokens = int(np.asarray(lengths).sum(dtype=np.int64)) + more  # overlaps counted
@@ -205,6 +214,15 @@ class _Pieces:
       document[far] = self._long[j]
       piece[far] = at - np.where(j > 0, self._ends[j - 1], 0) + 1
     return document, piece
+
+  def in_order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `locate`, pieces numbered document by document (needs a table of all documents: held-out sets)."""
+    if self._starts is None:
+      count = np.ones(self.documents, np.int64)
+      count[self._long] += np.diff(self._ends, prepend=0)
+      self._starts = np.cumsum(count) - count
+    document = np.searchsorted(self._starts, index, side="right") - 1
+    return document, (index - self._starts[document]).astype(np.int32)
 
   def measure(self, document, piece):
     """start int64[P], length int32[P], context int32[P] of pieces."""
@@ -418,11 +436,9 @@ class Plan:
       epoch, index = np.divmod(p, pieces.size)
       if self.shuffle:
         index = permute(index, pieces.size, hash64(self._key, c, epoch.astype(_U)))
-      document, piece = pieces.locate(index)
-      if not self.shuffle:
-        # One pass in the order of the documents: a document's pieces stand together.
-        order = np.lexsort((piece, document))
-        document, piece, epoch, p = document[order], piece[order], epoch[order], p[order]
+        document, piece = pieces.locate(index)
+      else:
+        document, piece = pieces.in_order(index)
       start, length, context = pieces.measure(document, piece)
       full = np.full(len(p), c, np.int32)
       ptr = np.arange(len(p) + 1)

@@ -4,6 +4,7 @@ The only package (with latents/) that knows flax; outside of it parameters are n
 See docs/models.md.
 """
 
+from genmodels.models.accounting import attention_sizes, head_paths
 from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
 from genmodels.models.config import (
   Cond,
@@ -32,10 +33,12 @@ __all__ = [
   "Scaling",
   "Segment",
   "TrunkConfig",
+  "attention_sizes",
   "build",
   "count",
   "crop_cache",
   "fork_cache",
+  "head_paths",
   "init_cache",
   "layer_index",
   "layer_path",

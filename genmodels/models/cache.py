@@ -72,7 +72,10 @@ def write_cache(cache: Cache, new, keep: Array, at: Array | None = None) -> Cach
   else:
     length = jnp.maximum(cache.length, jnp.where(keep, at + 1, 0).max(1))
   at = jnp.where(keep & (at >= 0), at, cache.capacity)
-  code = {p: _scatter(c[None, :, :, None], at, new["code"][p][None, :, :, None])[0, :, :, 0] for p, c in cache.code.items()}
+  code = {
+    p: _scatter(c[None, :, :, None], at, new["code"][p][None, :, :, None])[0, :, :, 0]
+    for p, c in cache.code.items()
+  }
   layers = jax.tree.map(lambda c, n: _scatter(c, at, n), cache.layers, new["layers"])
   return Cache(code, jnp.minimum(length, cache.capacity), layers)
 

@@ -112,21 +112,13 @@ class Remat:
   Fields:
     preset: "none" saves everything; "full" saves only each layer's input; "dots" saves the results
       of the weight matmuls; "attn_out" saves the attention output.
-    save, recompute, offload: overrides by tensor name: "q", "k", "v", "attn_out", "attn_proj",
-      "attn_lse", "mlp_gate", "mlp_up", "mlp_out", "mod". `recompute` goes with preset "none".
+    save, offload: names of tensors to save, or to move to host memory, besides: "q", "k", "v",
+      "attn_out", "attn_lse", "attn_proj", "mlp_gate", "mlp_up", "mlp_out", "mod".
   """
 
   preset: Preset = "none"
   save: tuple[Tensor, ...] = ()
-  recompute: tuple[Tensor, ...] = ()
   offload: tuple[Tensor, ...] = ()
-
-  def __post_init__(self):
-    if self.recompute and (self.preset != "none" or self.save or self.offload):
-      raise ValueError(
-        f"recompute={self.recompute} with preset={self.preset!r}, save={self.save}, offload={self.offload}: "
-        "`recompute` lists exceptions from preset 'none'; otherwise list what to save"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +287,9 @@ class TrunkConfig:
     if "tokens" in tables:
       raise ValueError("tables: 'tokens' is the name of the vocabulary's own table, set `vocab`")
     for name, cond in self.cond:
-      if cond.kind == "class" and name in tables and (cond.size, self.cond_width) != (tables[name], self.width):
+      if (
+        cond.kind == "class" and name in tables and (cond.size, self.cond_width) != (tables[name], self.width)
+      ):
         raise ValueError(
           f"cond {name!r} shares the id table of that name: expected size {tables[name]} and cond_width "
           f"{self.width}, got {cond.size} and {self.cond_width}"

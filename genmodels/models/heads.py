@@ -165,7 +165,9 @@ class Categorical:
       ValueError: the head has a soft cap, which is not linear.
     """
     if self.head.soft_cap is not None:
-      raise ValueError(f"guide: head {self.head} has a soft cap, so logits are not linear in the hidden state")
+      raise ValueError(
+        f"guide: head {self.head} has a soft cap, so logits are not linear in the hidden state"
+      )
     s = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), self.valid.shape)[..., None]
     c, u = self.hidden.astype(jnp.float32), uncond.hidden.astype(jnp.float32)
     return self.replace(hidden=u + s * (c - u), valid=self.valid & uncond.valid)
@@ -262,7 +264,9 @@ class Flow:
       ValueError: the Target gave no draws.
     """
     if self.given is None:
-      raise ValueError("a flow head's loss needs Target.given = {'z': [B, M, R, F], 't': [B, M, R]}, got None")
+      raise ValueError(
+        "a flow head's loss needs Target.given = {'z': [B, M, R, F], 't': [B, M, R]}, got None"
+      )
     z, t = self.given["z"].astype(jnp.float32), self.given["t"].astype(jnp.float32)
     want = (z - value[:, :, None].astype(jnp.float32)) / jnp.maximum(t, 1e-4)[..., None]
     error = jnp.square(self.velocity(z, t) - want).mean((-2, -1))

@@ -73,7 +73,9 @@ class Linear(nn.Module):
     if self.has_variable("params", "lora_a"):
       lora = [self.get_variable("params", name).astype(dtype) for name in ("lora_a", "lora_b")]
       if cfg.lora is None:
-        raise ValueError("the parameters hold adapters, but model.lora is None: set it, or strip or merge them")
+        raise ValueError(
+          "the parameters hold adapters, but model.lora is None: set it, or strip or merge them"
+        )
       scale = cfg.lora.alpha / cfg.lora.rank
     if x is None:
       if lora is not None:
@@ -146,7 +148,9 @@ def modulation(table, index, identity):
   B, E, n, _ = table.shape
   if index is None:
     if E != 1:
-      raise ValueError(f"cond has {E} entries a row, so cond_index int32[B, S] must say which each slot takes")
+      raise ValueError(
+        f"cond has {E} entries a row, so cond_index int32[B, S] must say which each slot takes"
+      )
     return [table[:, :, i] for i in range(n)]
   if E == 1:
     rows = [table[:, :, i] for i in range(n)]  # broadcast, no gather
@@ -246,7 +250,9 @@ class Layer(nn.Module):
     gate = lambda y, i: y
     if cfg.adaln == "zero":
       axes = ("cond", None, "embed")
-      mod = Linear(cfg, "bec,cnd->bend", (cfg.cond_width, 6, cfg.width), axes, True, 0.0, name="mod")(ctx["cond"])
+      mod = Linear(cfg, "bec,cnd->bend", (cfg.cond_width, 6, cfg.width), axes, True, 0.0, name="mod")(
+        ctx["cond"]
+      )
       m = modulation(checkpoint_name(mod, "mod"), ctx["cond_index"], (1, 1, 0, 0, 0, 0))
       shift = lambda y, i: y * (1 + m[2 + i]) + m[4 + i]
       gate = lambda y, i: y * m[i]

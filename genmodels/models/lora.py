@@ -42,7 +42,9 @@ def add(params, cfg: TrunkConfig, key: jax.Array):
     kernel = site["kernel"]
     lead, n_in = _split(path)
     stack, ins, outs = kernel.shape[:lead], kernel.shape[lead : lead + n_in], kernel.shape[lead + n_in :]
-    draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(path.encode())), (*stack, *ins, R), jnp.float32)
+    draw = jax.random.normal(
+      jax.random.fold_in(key, zlib.crc32(path.encode())), (*stack, *ins, R), jnp.float32
+    )
     a = (draw / math.sqrt(R)).astype(kernel.dtype)
     return {**site, "lora_a": a, "lora_b": jnp.zeros((*stack, R, *outs), kernel.dtype)}
 

@@ -88,8 +88,6 @@ class Conditions(nn.Module):
 def policy(remat: Remat, preset: str):
   """(whether to checkpoint, jax.checkpoint policy) of a preset with its overrides by tensor name."""
   cp = jax.checkpoint_policies
-  if remat.recompute:
-    return True, cp.save_anything_except_these_names(*remat.recompute)
   if preset == "none" and not remat.offload:
     return False, None
   names = remat.save + (("attn_out", "attn_lse") if preset == "attn_out" else ())

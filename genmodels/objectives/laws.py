@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genmodels.config import ConfigError
@@ -32,22 +33,23 @@ def check(objective) -> list[str]:
   role = np.full(_DOC.shape, TEXT)
   role[0, [0, 11, 12]] = CONTEXT
   row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=2)
+  copy_of = objective.layout.copy_of()
+
+  @jax.jit  # one small program; op by op it would be a hundred
+  def symbolic(step):
+    noise = objective.corruption.draw(row, jax.random.key(0), step)
+    slots = objective.layout.arrange(row, noise)
+    read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
+    dense = jnp.any(jnp.stack([r.mask(slots).to_dense()[0] for r in objective.relations.values()]), 0)
+    return noise.hit[0], slots.src[0], slots.stream[0], read, dense, objective.carries(row, noise, slots)[0]
+
   for step in _steps(objective):
-    with jax.ensure_compile_time_eval():
-      noise = objective.corruption.draw(row, jax.random.key(0), step)
-      slots = objective.layout.arrange(row, noise)
-      read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
-      carries = np.asarray(objective.carries(row, noise, slots))[0]
-      dense = np.asarray(
-        np.any([np.asarray(r.mask(slots).to_dense())[0] for r in objective.relations.values()], axis=0)
-      )
-    hit = np.asarray(noise.hit)[0]
-    src, stream, copy_of = np.asarray(slots.src)[0], np.asarray(slots.stream)[0], objective.layout.copy_of()
+    hit, src, stream, read, dense, carries = jax.tree.map(np.asarray, symbolic(jnp.int32(step)))
     copy = copy_of[stream]
     for name, term in objective.terms.items():
       c = max(int(copy_of[objective.layout.streams.index(term.stream)]), 0)
       asked = (role[0] == TEXT) & (_DOC[0] >= 0) & (hit[c] if term.on == "hit" else True)
-      slot = np.where(asked, np.asarray(read[name])[0], -1)
+      slot = np.where(asked, read[name][0], -1)
       targets = [(int(s), n) for n, s in enumerate(slot) if s >= 0]
       leaks = mask_laws.leak_closure(dense, carries, targets)
       if leaks:

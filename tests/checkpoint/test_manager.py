@@ -265,9 +265,13 @@ def test_another_state_is_an_error_with_names_not_a_reason_to_fall_back(saved):
 
 def test_read_by_name(saved):
   mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:8])
-  values, step, meta = Manager(saved, read_only=True).read(
-    under="trees/model/", shardings=manager_lib.replicated_on(mesh)
+  m = Manager(saved, read_only=True)
+  values, step, meta = m.read(
+    shardings=lambda name, shape: (
+      NamedSharding(mesh, PartitionSpec()) if name.startswith("trees/model/") else None
+    )
   )
+  assert m.recorded(2)["trees/model/b"]["dtype"] == "bfloat16"
   assert set(values) == {"trees/model/w", "trees/model/b"} and step == 2 and meta["cursor"] == 2
   assert values["trees/model/w"].sharding.mesh == mesh
   np.testing.assert_array_equal(

@@ -27,7 +27,7 @@ DTYPES = [
 def sample(dtype, shape=(6, 5), seed=0):
   rng = np.random.default_rng(seed)
   dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
-  if dtype == bool:
+  if dtype == np.bool_:
     return rng.random(shape) < 0.5
   return rng.integers(0, 256, shape + (dtype.itemsize,), dtype=np.uint8).view(dtype)[..., 0]
 

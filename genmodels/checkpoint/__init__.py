@@ -1,0 +1,1 @@
+"""Checkpoints with digests (`manager`, `verify`), where a state comes from (`init`), surgery."""

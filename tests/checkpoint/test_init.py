@@ -1,0 +1,212 @@
+"""Where a state comes from, and the surgery on the way: order, coverage, rows, norms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from genmodels import state as states
+from genmodels.checkpoint import init, surgery
+from genmodels.checkpoint.manager import Manager, RestoreError
+from genmodels.config import ConfigError
+from genmodels.parallel.mesh import MeshConfig, make_mesh
+from genmodels.parallel.rules import sharding_tree
+
+AXES = {
+  "embed": {"tokens": ("vocab", "embed")},
+  "head": {"kernel": ("embed", "vocab"), "bias": ("vocab",)},
+  "norm": (None,),
+}
+TX = optax.adam(1e-3)
+
+
+def params(seed, vocab=16, width=8):
+  rng = np.random.default_rng(seed)
+  f = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)
+  return {
+    "embed": {"tokens": f(vocab, width)},
+    "head": {"kernel": f(width, vocab), "bias": f(vocab)},
+    "norm": f(width),
+  }
+
+
+class System:
+  """A run's `make` and abstract state, as the training loop builds them."""
+
+  def __init__(self, seed, vocab=16, ema=False, mesh=None, tx=TX):
+    def make():
+      trees = {"model": params(seed, vocab)}
+      if ema:
+        trees["ema"] = params(seed + 100, vocab)
+      return states.create(trees, {"model": tx}, {})
+
+    shapes = jax.eval_shape(make)
+    mesh = mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    placed = states.shardings(shapes, {"model": sharding_tree(mesh, AXES, shapes.trees["model"])}, mesh)
+    self.make = jax.jit(make, out_shardings=placed)
+    self.rebuild = jax.jit(lambda trees: states.create(trees, {"model": tx}, {}), out_shardings=placed)
+    self.abstract = states.abstract(make, shardings=placed)
+
+  def start(self, workdir, section=None, **kw):
+    return init.initialise(
+      Manager(workdir / init.CHECKPOINTS), self.abstract, self.make, section, axes=AXES, **kw
+    )
+
+
+def equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """A workdir whose state has moved on: step 5, model of seed 1, ema of seed 101."""
+  workdir = tmp_path_factory.mktemp("source")
+  s = System(1, ema=True).make()
+  m = Manager(workdir / init.CHECKPOINTS)
+  m.save(5, s.replace(step=s.step + 5, opt=jax.tree.map(lambda x: x + 1, s.opt)))
+  m.close()
+  return workdir
+
+
+def test_order(source, tmp_path):
+  run = System(2, ema=True)
+  recipe = {"kind": "workdir", "path": str(source)}
+  fresh, line = run.start(tmp_path)
+  assert line == "from scratch" and equal(fresh.trees["model"], params(2))
+  loaded, line = run.start(tmp_path, recipe)
+  assert "model, ema from 'model' of" in line and str(source) in line and int(loaded.step) == 0
+  assert equal(loaded.trees["model"], params(1)) and equal(loaded.trees["ema"], params(1))
+  assert equal(loaded.opt, fresh.opt)
+  resumed, line = run.start(tmp_path, {"kind": "resume", "path": str(source)})
+  assert line.startswith("resuming") and int(resumed.step) == 5 and equal(resumed.trees["ema"], params(101))
+  assert not equal(resumed.opt, fresh.opt)
+  m = Manager(tmp_path / init.CHECKPOINTS)  # once the run has saved, its own workdir wins over everything
+  m.save(7, loaded.replace(step=loaded.step + 7))
+  m.close()
+  for section in (None, recipe, {"kind": "resume", "path": str(source)}):
+    own, line = run.start(tmp_path, section, steps=7)
+    assert int(own.step) == 7 and line.startswith("continuing") and "complete" in line
+    assert ("does not apply" in line) == (section is not None)
+
+
+def test_ema_as_source_explicit_targets_and_errors(source, tmp_path):
+  run = System(2, ema=True)
+  s, _ = run.start(tmp_path, {"kind": "workdir", "path": str(source), "tree": "ema", "to": ("model",)})
+  assert equal(s.trees["model"], params(101)) and equal(s.trees["ema"], params(102))
+  cases = [
+    ({"tree": "teacher"}, RestoreError, "'teacher'.*model"),
+    ({"to": ("teacher",)}, ConfigError, "teacher"),
+    ({"step": 4}, RestoreError, "step 4"),
+    ({"path": str(tmp_path / "no")}, RestoreError, "holds no checkpoint"),
+    ({"pth": "x"}, ConfigError, "pth"),
+    ({"mask_row": "zero"}, ConfigError, "mask_row"),
+    ({"mask_row": "reserved", "mask_id": 3}, ConfigError, "reserved_id"),
+  ]
+  for extra, error, words in cases:
+    with pytest.raises(error, match=words):
+      run.start(tmp_path, {"kind": "workdir", "path": str(source), **extra})
+
+
+def test_both_trees_have_their_own_buffers(source, tmp_path):
+  s, _ = System(2, ema=True).start(tmp_path, {"kind": "workdir", "path": str(source)})
+  jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(s)  # donating twice would raise
+
+
+def test_optimizer_state_that_copies_the_parameters_needs_rebuild(source, tmp_path):
+  run = System(2, tx=optax.contrib.schedule_free_sgd(1e-2))
+  recipe = {"kind": "workdir", "path": str(source)}
+  with pytest.raises(ValueError, match="rebuild"):
+    run.start(tmp_path, recipe)
+  s, _ = run.start(tmp_path, recipe, rebuild=run.rebuild)
+  assert equal(s.opt["model"].z, params(1))
+
+
+@pytest.mark.parametrize("cfg", [dict(fsdp=4, tensor=2), dict(tensor=4)])
+@pytest.mark.parametrize("vocab", [24, 8])
+def test_vocabulary_resize_and_mask_row_on_a_mesh(source, tmp_path, cfg, vocab):
+  run = System(2, vocab=vocab, mesh=make_mesh(MeshConfig(**{"data": -1, **cfg}), jax.devices()[:8]))
+  recipe = {"kind": "workdir", "path": str(source)}
+  with pytest.raises(RestoreError, match="resize_vocab"):
+    run.start(tmp_path, recipe)
+  plain, _ = run.start(tmp_path, recipe | {"resize_vocab": True})
+  old, new, keep = params(1), params(2, vocab), min(vocab, 16)
+  want = np.concatenate([old["embed"]["tokens"][:keep], new["embed"]["tokens"][keep:]])
+  np.testing.assert_array_equal(plain.trees["model"]["embed"]["tokens"], want)
+  want = np.concatenate([old["head"]["kernel"][:, :keep], new["head"]["kernel"][:, keep:]], 1)
+  np.testing.assert_array_equal(plain.trees["model"]["head"]["kernel"], want)
+  mask = vocab - 1
+  s, line = run.start(tmp_path, recipe | {"resize_vocab": True, "mask_row": "mean_noise", "mask_id": mask})
+  assert "mask row" in line
+  got, ref = (
+    np.asarray(s.trees["model"]["embed"]["tokens"]),
+    np.asarray(plain.trees["model"]["embed"]["tokens"]),
+  )
+  np.testing.assert_array_equal(got[:mask], ref[:mask])
+  assert not np.array_equal(got[mask], ref[mask])
+  assert (
+    s.trees["model"]["embed"]["tokens"].sharding == run.abstract.trees["model"]["embed"]["tokens"].sharding
+  )
+
+
+def test_load_tree(source):
+  run = System(2)
+  tree, step = init.load_tree(str(source), "ema", run.abstract.trees["model"])
+  assert step == 5 and equal(tree, params(101))
+
+
+# ------------------------------------------------------------------------------------------- surgery
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("kind", ["reserved", "mean_noise"])
+def test_mask_row_norm_is_near_the_median(kind, scale):  # T27
+  rng = np.random.default_rng(0)
+  table = rng.normal(size=(64, 32)).astype(np.float32) * np.linspace(0.5, 2, 64)[:, None].astype(np.float32)
+  table[7] *= scale  # the reserved row: nearly zero, ordinary, far too large
+  table[60:] = 0  # padding
+  out = np.asarray(surgery.set_mask_row(jnp.asarray(table), 0, 9, kind, jax.random.key(0), reserved_id=7))
+  norms = np.linalg.norm(table, axis=1)
+  median = np.median(norms[norms > 0])
+  assert 0.5 * median * 0.999 <= np.linalg.norm(out[9]) <= 2 * median * 1.001
+  np.testing.assert_array_equal(np.delete(out, 9, 0), np.delete(table, 9, 0))
+  if kind == "reserved":
+    cosine = out[9] @ table[7] / np.linalg.norm(out[9]) / np.linalg.norm(table[7])
+    assert cosine > 0.999
+    if scale == 1.0:
+      np.testing.assert_allclose(out[9], table[7], rtol=1e-5)
+    else:  # negative control: the plain copy is out of the range
+      assert not 0.5 * median <= norms[7] <= 2 * median
+
+
+def test_mask_row_of_zeros_columns_and_biases():
+  table = np.ones((4, 6), np.float32)
+  table[:, 2] = 0
+  out = np.asarray(
+    surgery.set_mask_row(jnp.asarray(table), 1, 5, "reserved", jax.random.key(0), reserved_id=2)
+  )
+  assert np.isfinite(out).all() and np.linalg.norm(out[:, 5]) > 0.5
+  bias = surgery.set_mask_row(jnp.arange(5.0), 0, 4, "mean_noise", jax.random.key(0))
+  np.testing.assert_allclose(bias, [0, 1, 2, 3, 1.5])
+  for kw in (dict(mask_id=6), dict(mask_id=1, reserved_id=9)):
+    with pytest.raises(ValueError, match="not a row"):
+      surgery.set_mask_row(
+        jnp.asarray(table), 1, kind="reserved", key=jax.random.key(0), **{"reserved_id": 0, **kw}
+      )
+
+
+def test_coverage_is_strict_and_readable():
+  target, source = ["a/w", "a/b", "new/w"], ["old/w", "old/b", "extra"]
+  rename = ((r"a/(.*)", r"old/\1"),)
+  full = surgery.cover(target, source, rename, scratch=("new/.*",), drop=("extra",))
+  assert full == {"a/w": "old/w", "a/b": "old/b"}
+  cases = [
+    (dict(rename=rename, drop=("extra",)), "no source for: new/w"),
+    (dict(rename=rename, scratch=("new/.*",)), "not used: extra"),
+    (dict(scratch=("new/.*",), drop=("extra",)), r"no source for: a/b, a/w.*not used: old/b, old/w"),
+    (dict(rename=rename, scratch=("new/.*", "nothing"), drop=("extra",)), "'nothing' matches no leaf"),
+    (dict(rename=rename, scratch=("new/.*",), drop=("extra", "old/w")), "in `drop` but used: old/w"),
+  ]
+  for kw, words in cases:
+    with pytest.raises(surgery.CoverageError, match=words):
+      surgery.cover(target, source, **kw)

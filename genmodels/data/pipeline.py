@@ -51,10 +51,11 @@ class Data:
 
   def __init__(
     self, plan: plans.Plan, parts: list, meta: Meta, *, tokenizer=None, token_bytes=None, held=None,
-    plan_file: str = "",
+    plan_file: str = "", document_bytes: int = 0,
   ):  # fmt: skip
     self.plan, self.sources, self.meta, self.tokenizer = plan, parts, meta, tokenizer
     self._token_bytes, self._held, self._plan_file = token_bytes, held, plan_file
+    self._document_bytes = document_bytes  # of data whose tokens stand for no bytes of their own
 
   def batch(self, step: int, ranges: Ranges | None = None) -> Batch:
     """Rows of a step's global batch: those of `ranges` [(start, stop), …] in that order; None: all.
@@ -85,10 +86,14 @@ class Data:
   def bytes_of(self, batch: Batch) -> np.ndarray:
     """Bytes of source data (pixels of an image) that the predicted tokens of each document stand for, int64[b, D].
 
-    Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials count 0.
+    Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials, and tokens of
+    another modality among text, count 0.
     """
     b, D = batch["occurrence"].shape
-    per_token = self._token_bytes[batch["tokens"]] * (batch["role"] == records.TEXT) * (batch["doc"] >= 0)
+    if self._document_bytes:
+      return self._document_bytes * (batch["doc"][:, None] == np.arange(D)[:, None]).any(-1).astype(np.int64)
+    text = (batch["role"] == records.TEXT) & (batch["modality"] == 0) & (batch["doc"] >= 0)
+    per_token = self._token_bytes[batch["tokens"]] * text
     cell = np.arange(b)[:, None] * D + np.maximum(batch["doc"], 0)
     out = np.bincount(cell.ravel(), weights=per_token.ravel().astype(np.float64), minlength=b * D)
     return out.astype(np.int64).reshape(b, D)
@@ -347,7 +352,8 @@ class Digits(_Planned):
       meta = Meta(vocab, specials, values, options.seq_len, plan.documents, self.axes, ("digits",), 10)
       held = None if kw else lambda n: make("heldout", n, shuffle=False, epochs=1)
       file = os.path.join(workdir, PLAN_FILE) if workdir and not kw else ""
-      return Data(plan, [parts[split]], meta, tokenizer=text, token_bytes=table, held=held, plan_file=file)
+      return Data(plan, [parts[split]], meta, tokenizer=text, token_bytes=table, held=held, plan_file=file,
+                  document_bytes=64 if self.tokens == "none" else 0)  # fmt: skip
 
     return _finish(make("train", batch_size), steps)
 

@@ -57,10 +57,11 @@ class Data:
 
   def __init__(
     self, plan: plans.Plan, readers: list, meta: Meta, *, tokenizer=None, token_bytes=None,
-    held: Callable[[int], Data] | None = None, plan_file: str = "",
+    held: Callable[[int], Data] | None = None, plan_file: str = "", document_bytes: int = 0,
   ):  # fmt: skip
     self.plan, self.readers, self.meta, self.tokenizer = plan, readers, meta, tokenizer
     self._token_bytes, self._held, self._plan_file = token_bytes, held, plan_file
+    self._document_bytes = document_bytes  # of data whose tokens stand for no bytes of their own
     self._lock = threading.Lock()
     if plan_file and os.path.exists(plan_file):
       plan.load(plan_file)
@@ -99,10 +100,14 @@ class Data:
   def bytes_of(self, batch: Batch) -> np.ndarray:
     """Bytes of source data (pixels of an image) behind the predicted tokens of each document, int64[b, D].
 
-    Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials count 0.
+    Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials, and tokens of
+    another modality among text, count 0.
     """
     b, D = batch["occurrence"].shape
-    per_token = self._token_bytes[batch["tokens"]] * (batch["role"] == records.TEXT) * (batch["doc"] >= 0)
+    if self._document_bytes:
+      return self._document_bytes * (batch["doc"][:, None] == np.arange(D)[:, None]).any(-1).astype(np.int64)
+    text = (batch["role"] == records.TEXT) & (batch["modality"] == 0) & (batch["doc"] >= 0)
+    per_token = self._token_bytes[batch["tokens"]] * text
     cell = np.arange(b)[:, None] * D + np.maximum(batch["doc"], 0)
     out = np.bincount(cell.ravel(), weights=per_token.ravel().astype(np.float64), minlength=b * D)
     return out.astype(np.int64).reshape(b, D)
@@ -382,7 +387,8 @@ class Digits(_Planned):
 
     def make(split, size, file="", held=None, **kw):
       plan = _plan(options, [_component("digits", parts[split])], cost, size, seed, **kw)
-      shared = {"tokenizer": text, "token_bytes": table}
+      whole = 64 if self.tokens == "none" else 0
+      shared = {"tokenizer": text, "token_bytes": table, "document_bytes": whole}
       return Data(plan, [parts[split]], facts, held=held, plan_file=file, **shared)
 
     heldout = lambda size: make("heldout", size, shuffle=False, epochs=1)

@@ -234,8 +234,9 @@ class Plan:
       self.documents = self._capacity()
 
   def _capacity(self) -> int:
-    """The least of a few capacities that costs no more than half a percent of rows, tried on window 0."""
-    sizes = self._sizes(self._deal(0))
+    """The least of a few capacities that costs no more than half a percent of rows, tried on a sample."""
+    pieces = self._deal(0)
+    sizes = self._sizes(pieces.take(np.arange(min(len(pieces.length), 1 << 14))))
     best = pack(sizes, self.budgets, self.seq_len)[1]
     tries = (d << e for e in range(31) for d in (8, 12))
     return next(d for d in tries if d >= self.seq_len or pack(sizes, self.budgets, d)[1] <= 1.005 * best)

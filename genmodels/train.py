@@ -114,7 +114,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: {note}")
 
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
-  key = jax.random.key(int(cfg.seed))
+  key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
 
   def fresh(key):
     trees = {"model": model.init(key)}
@@ -191,21 +191,27 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           local = next(batches)
           row = system.row_of(multihost.global_batch(local, mesh, batch_size))
         first = at == start + 1
+        # Several steps in flight deadlock host collectives on few cores.
+        wait = first or (mesh.size > 1 and jax.default_backend() == "cpu")
         with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
           state, m = compiled(state, row, key)
-          if first or (mesh.size > 1 and jax.default_backend() == "cpu"):
-            jax.block_until_ready(m)  # several steps in flight deadlock host collectives on few cores
+          if wait:
+            jax.block_until_ready(m)
         if pending is not None:
           record(*pending)
         pending = (at, m, _examples(local))
+        if wait:
+          record(*pending)
+          pending = None
         run.state, run.step = state, at
 
         metric = None
         if held is not None and (at % ecfg.every == 0 or at == tcfg.steps):
-          with ledger.span("eval"):
+          if pending is not None:
             record(*pending)
             pending = None
-            result = held(steps.evaluated_trees(state, tcfg))
+          with ledger.span("eval"):
+            result = held(steps.evaluated_trees(state, tcfg), at)
             run.evals.append({"step": at, **result})
             metric = result[evals.METRIC]
             if lead:

@@ -82,9 +82,9 @@ def test_scan_equals_a_loop_over_layers():
   "remat",
   [
     dict(preset="full"),
-    dict(preset="dots"),
-    dict(preset="attn_out"),
-    dict(preset="full", save=("mlp_up",)),
+    pytest.param(dict(preset="dots"), marks=pytest.mark.slow),
+    pytest.param(dict(preset="attn_out"), marks=pytest.mark.slow),
+    pytest.param(dict(preset="full", save=("mlp_up",)), marks=pytest.mark.slow),
   ],
 )
 def test_remat_changes_memory_not_gradients(remat):

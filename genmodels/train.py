@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genmodels import config, data, evals, metrics, models, optim, sampling, state as states, step as steps, system
+from genmodels import config, data, evals, metrics, models, optim, state as states, step as steps, system
 from genmodels.checkpoint import init as initialisation
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import multihost, rules
+from genmodels.sampling import run as runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +220,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
               say(f"step {at}: held out {metric:.4f} {evals.METRIC.replace('_', ' ')}")
         if tcfg.sample_every and at % tcfg.sample_every == 0:
           with ledger.span("sample"):
-            sampling.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+            runs.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
           save(at, metric)

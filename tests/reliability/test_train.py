@@ -30,7 +30,9 @@ def start(workdir, processes, devices, steps):
   arguments = ["--config", "configs/language/bd3lm.py:tiny", "--workdir", str(workdir)]
   arguments += [f"{k}={v}" for k, v in settings.items()]
   env = {"PYTHONPATH": str(ROOT)}
-  return local.start([*local.TRAIN, *arguments], processes, devices, heartbeat_s=10, logs=workdir / "logs", env=env)
+  return local.start(
+    [*local.TRAIN, *arguments], processes, devices, heartbeat_s=10, logs=workdir / "logs", env=env
+  )
 
 
 def finish(job, workdir):
@@ -57,7 +59,7 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
   run.mkdir()
   # SIGTERM to one process: one agreed step, saved, exit 0 everywhere.
   job = start(run, 2, 2, ENDLESS)
-  wait_for(lambda: len(losses(run)) >= 9, "9 steps", LIMIT)
+  wait_for(job, lambda: len(losses(run)) >= 9, "9 steps", LIMIT)
   job.signal(signal.SIGTERM, 1)
   finish(job, run)
   stopped = saved(run)
@@ -66,7 +68,7 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
 
   # The same command goes on; kill -9 of one process: the other one leaves, no committed step is lost.
   job = start(run, 2, 2, ENDLESS)
-  wait_for(lambda: saved(run) >= stopped + 8, "two more saves", LIMIT)
+  wait_for(job, lambda: saved(run) >= stopped + 8, "two more saves", LIMIT)
   job.signal(signal.SIGKILL, 1)
   status = job.wait(LIMIT)
   assert status[1] == -signal.SIGKILL and status[0] != 0

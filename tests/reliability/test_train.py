@@ -17,7 +17,7 @@ LIMIT = 400
 ENDLESS = 100_000
 
 
-def start(workdir, processes, devices, steps):
+def start(workdir, processes, devices, steps, mesh=(("fsdp", 2),)):
   settings = {
     "train.steps": steps,
     "train.log_every": 1,
@@ -25,8 +25,7 @@ def start(workdir, processes, devices, steps):
     "train.tensorboard": False,
     "eval.every": 0,
     "optim.schedule": "{'kind':'constant','warmup':2}",
-    "mesh.fsdp": 2,
-  }
+  } | {f"mesh.{axis}": size for axis, size in mesh}
   arguments = ["--config", "configs/language/bd3lm.py:tiny", "--workdir", str(workdir)]
   arguments += [f"{k}={v}" for k, v in settings.items()]
   env = {"PYTHONPATH": str(ROOT)}
@@ -92,6 +91,22 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
   finish(start(alone, 1, 4, 9), alone)
   got = losses(alone)
   np.testing.assert_allclose([got[s] for s in range(1, 10)], [first[s] for s in range(1, 10)], rtol=1e-5)
+
+
+def test_any_mesh_sees_the_same_first_20_losses(tmp_path):
+  meshes = {
+    1: (),
+    2: (("fsdp", 2),),
+    4: (("tensor", 2), ("fsdp", 2)),
+    8: (("data", 2), ("fsdp", 2), ("tensor", 2)),
+  }
+  got = {}
+  for devices, mesh in meshes.items():
+    finish(start(tmp_path / str(devices), 1, devices, 20, mesh), tmp_path / str(devices))
+    got[devices] = [losses(tmp_path / str(devices))[s] for s in range(1, 21)]
+  for devices in (2, 4, 8):
+    np.testing.assert_allclose(got[devices], got[1], rtol=1e-5, err_msg=f"{devices} devices")
+  assert got[1][-1] < got[1][0]
 
 
 @pytest.mark.full

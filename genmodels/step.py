@@ -170,3 +170,9 @@ def _guard(cfg, stats, loss, grad_norm):
   if stats is None:
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm), None
   return optim.guard(stats, loss, grad_norm, cfg.guard_window, cfg.guard_sigma)
+
+
+def evaluated_trees(state: TrainState, cfg: StepConfig) -> dict:
+  """The trees to evaluate and to sample from: the average where one is kept."""
+  model = state.trees["ema"] if cfg.ema else optim.eval_params(state.opt["model"], state.trees["model"])
+  return {**state.trees, "model": model}

@@ -36,27 +36,27 @@ class System:
   notes: tuple[str, ...] = ()
 
 
-def build(cfg, *, workdir: str | None = None, with_data: bool = True) -> System:
+def build(cfg, *, workdir: str = "") -> System:
   """Builds and checks a system.
 
   Args:
-    workdir: where a data section without shards of its own may prepare some.
-    with_data: False takes the data's facts from the section alone (sampling from a checkpoint).
+    workdir: keeps the data plan, and shards of a data section that prepares its own.
 
   Raises:
     ConfigError: names the key, the value, the reason and the fix.
+    DataError: what is wrong with the data on disk.
   """
+  cost = objectives.layout(cfg.objective).cost
+  source = data.build(cfg.data, cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
-  meta = data.meta(cfg.data, workdir=workdir)
+  meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
   if latent is not None:
-    meta = {**meta, **latent.meta}
+    meta |= latent.meta
   objective = objectives.build(cfg.objective, meta)
-  section = _with_vocabulary(cfg.model, meta, objective)
-  model = models.build(section)
+  model = models.build(_with_vocabulary(cfg.model, meta, objective))
   _agree(objective, model)
   notes = laws.check(objective)
-  loaded = data.build(cfg.data, cost=objective.layout.cost, seed=int(cfg.seed), workdir=workdir) if with_data else None
-  return System(cfg, loaded, latent, objective, model, _functions(cfg, model), tuple(notes))
+  return System(cfg, source, latent, objective, model, _functions(cfg, model), tuple(notes))
 
 
 def row_of(batch: dict) -> Row:
@@ -69,7 +69,7 @@ def row_of(batch: dict) -> Row:
 def _with_vocabulary(section, meta, objective) -> dict:
   """The model section with the data's vocabulary, and the mask id forbidden in heads over it."""
   section = config.plain(section)
-  if not section.get("vocab") and meta.get("vocab"):
+  if "vocab" not in section and "preset" not in section and meta.get("vocab"):
     section["vocab"] = int(meta["vocab"])
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():

@@ -114,7 +114,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: {note}")
 
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
-  key = jax.random.key(int(cfg.seed))
+  key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
 
   def fresh(key):
     trees = {"model": model.init(key)}
@@ -138,7 +138,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: replicated: {text}")
 
   # -- step, data, evaluation, samples -----------------------------------------------------------------
-  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=parts.data.sources)
+  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=len(parts.data.meta.sources))
   compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
@@ -149,12 +149,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()
   run = Run(state, parts, mesh, start, {}, [], False)
-  tokens_per_step = parts.data.row_tokens * batch_size
+  tokens_per_step = parts.data.meta.seq_len * batch_size
 
-  def record(at: int, m: dict) -> None:
+  def record(at: int, m: dict, documents: list) -> None:
     """Metrics of step `at`, fetched when the next one is already running."""
+    m = jax.device_get(m)  # waits for the step: this time is the step's
     with ledger.span("metrics"):
-      m = jax.device_get(m)
       meter.add(
         tokens=tokens_per_step,
         slots=sum(int(w["slots"]) for w in m["work"].values() if w),
@@ -163,11 +163,11 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
-        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {batch_ids.get(at - 1)}")
+        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")
       if at % tcfg.log_every and at != tcfg.steps:
         return
       for term, sums in m["source"].items():
-        scalars |= metrics.group_means(f"source/{term}", sums, parts.data.source_names)
+        scalars |= metrics.group_means(f"source/{term}", sums, parts.data.meta.sources)
       scalars |= meter.report(at) | {"lr": float(lr(at - 1)), "rss_bytes": metrics.rss_bytes()}
       run.last = scalars
       if lead:
@@ -177,36 +177,41 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
 
   def save(at: int, metric=None) -> None:
     with ledger.span("save"):
-      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.digest}, metric=metric)
+      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.plan.chain()[-1:]}, metric=metric)
 
-  batch_ids: dict[int, list] = {}
   pending = None
-  transfers = contextlib.nullcontext() if debug else jax.transfer_guard("disallow")
+  # After the first step nothing may move between host and device unless the code says so.
+  guard = (lambda: jax.transfer_guard("disallow")) if not debug else contextlib.nullcontext
   try:
     with rules.use_mesh(mesh), _debugging(debug, say):
       ledger.begin(restored=start)
-      batches = parts.data.batches(batch_size, ranges, start)
+      batches = parts.data.loader(ranges).at(start)
       for at in range(start + 1, tcfg.steps + 1):
         with ledger.span("data"):
           local = next(batches)
           row = system.row_of(multihost.global_batch(local, mesh, batch_size))
-        batch_ids = {at - 1: batch_ids.get(at - 1), at - 1 + 0: local["example_id"].reshape(-1, 2)[:16].tolist()}
-        with transfers if at > start + 1 else contextlib.nullcontext():
-          with ledger.span("compile") if at == start + 1 else contextlib.nullcontext():
-            state, m = compiled(state, row, key)
-            if mesh.size > 1 and jax.default_backend() == "cpu" or at == start + 1:
-              jax.block_until_ready(m)  # more steps in flight deadlock host collectives on few cores
+        first = at == start + 1
+        # Several steps in flight deadlock host collectives on few cores.
+        wait = first or (mesh.size > 1 and jax.default_backend() == "cpu")
+        with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
+          state, m = compiled(state, row, key)
+          if wait:
+            jax.block_until_ready(m)
         if pending is not None:
           record(*pending)
-        pending = (at, m)
+        pending = (at, m, _examples(local))
+        if wait:
+          record(*pending)
+          pending = None
         run.state, run.step = state, at
 
         metric = None
         if held is not None and (at % ecfg.every == 0 or at == tcfg.steps):
-          with ledger.span("eval"):
+          if pending is not None:
             record(*pending)
             pending = None
-            result = held(steps.evaluated_trees(state, tcfg))
+          with ledger.span("eval"):
+            result = held(steps.evaluated_trees(state, tcfg), at)
             run.evals.append({"step": at, **result})
             metric = result[evals.METRIC]
             if lead:
@@ -234,6 +239,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       writer.close()
       progress.close()
   return run
+
+
+def _examples(batch: dict, most: int = 16) -> list:
+  """(source and document, piece) of the first documents of a batch, for messages."""
+  used = [batch["example_id"][b, : d.max() + 1] for b, d in enumerate(batch["doc"])]
+  return np.concatenate(used)[:most].tolist()
 
 
 def _flops(model: metrics.ModelFlops, work: dict, passes: int) -> float:
@@ -267,5 +278,6 @@ def main(argv: list[str] | None = None) -> int:
   multihost.initialize()
   run = train(cfg, args.workdir, debug=args.debug)
   if jax.process_index() == 0 and not run.stopped:
-    print(f"done: step {run.step}, loss {run.last.get('loss', float('nan')):.4f}, workdir {args.workdir}")
+    loss = f", loss {run.last['loss']:.4f}" if run.last else ""
+    print(f"done: step {run.step}{loss}, workdir {args.workdir}")
   return 0

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 QUARANTINE = "damaged"  # under the checkpoint directory: steps that failed verification
 
 
-class RestoreError(RuntimeError):
+class RestoreError(ValueError):
   """No step could be restored although steps exist; or the state does not fit the checkpoint."""
 
 
@@ -56,17 +56,15 @@ class _Misfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save, what to keep.
+  """What to keep, and how long a save may take.
 
   Fields:
-    every: steps between saves; 0 saves at the end and on SIGTERM only.
     keep_last: newest steps kept; at least 2, so that a damaged newest step has an older one behind it.
     keep_every: also keep the steps that are multiples of it; 0 none.
     keep_best: also keep this many steps of lowest `metric`; 0 none.
     deadline_s: seconds that a save may take before the run is stopped with an error.
   """
 
-  every: int = 1000
   keep_last: int = 3
   keep_every: int = 0
   keep_best: int = 0
@@ -77,7 +75,7 @@ class CheckpointConfig:
       raise ValueError(
         f"keep_last = {self.keep_last}: with fewer than 2, one damaged file loses the run; set 2 or more"
       )
-    for name in ("every", "keep_every", "keep_best"):
+    for name in ("keep_every", "keep_best"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} = {getattr(self, name)}: 0 (off) or more")
     if self.deadline_s <= 0:
@@ -130,7 +128,7 @@ class Manager:
 
   Args:
     directory: created if it does not exist, unless read_only.
-    cfg: when and what to keep.
+    cfg: what to keep.
     read_only: never writes, moves or deletes anything there (another run's directory).
   """
 

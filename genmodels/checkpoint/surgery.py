@@ -137,7 +137,7 @@ def set_mask_row(
     row = jnp.where(norm > 0, row * (want / jnp.maximum(norm, 1e-30)), mean * (want / jnp.linalg.norm(mean)))
   elif kind == "mean_noise":
     row = mean
-  # A select, no `.at[].set`: partitioned over the vocabulary after a cut, that wrote other rows too (jax 0.10.2).
+  # A select, no `.at[].set`: after a cut and partitioned over V, that wrote other rows too (jax 0.10.2).
   here = (jnp.arange(rows.shape[0]) == mask_id).reshape(-1, *[1] * (rows.ndim - 1))
   return jnp.moveaxis(jnp.where(here, row.reshape(rows.shape[1:]).astype(table.dtype), rows), 0, axis)
 

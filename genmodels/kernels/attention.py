@@ -25,7 +25,8 @@ def resolve(implementation: str = "auto") -> str:
     ValueError: an unknown name, or an implementation that this build does not have.
   """
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f"attention: unknown implementation {implementation!r}; one of {', '.join(IMPLEMENTATIONS)}")
+    known = ", ".join(IMPLEMENTATIONS)
+    raise ValueError(f"attention: unknown implementation {implementation!r}; one of {known}")
   if implementation.startswith("pallas"):
     raise ValueError(
       f"attention: implementation {implementation!r} is not available in this build; use 'auto' or 'xla'"
@@ -133,7 +134,8 @@ def _check(q, k, v, mask):
   if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
     raise ValueError(f"attention: k and v must share [B, Lk, Hk], q and k B and D; got {shapes}")
   if q.shape[2] % k.shape[2]:
-    raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads; {shapes}")
+    heads = f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    raise ValueError(f"attention: {heads}; {shapes}")
   if (q.shape[1], k.shape[1]) != lengths:
     raise ValueError(f"attention: the mask speaks of (Lq, Lk) = {lengths}, got {shapes}")
   if mask.code.shape[0] not in (1, q.shape[0]):

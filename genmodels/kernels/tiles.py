@@ -160,7 +160,8 @@ def classify(code: Array, lo: Array, hi: Array, tiles: Tiles) -> tuple[Array, Ar
 def _compact(active: Array, full: Array) -> TileList:
   """Lists the set entries of active [g, lines, T, columns], line by line."""
   groups, _, terms, columns = active.shape
-  packed = jnp.arange(columns, dtype=jnp.int32) | (jnp.arange(terms, dtype=jnp.int32)[:, None] << _COLUMN_BITS)
+  term_bits = jnp.arange(terms, dtype=jnp.int32)[:, None] << _COLUMN_BITS
+  packed = jnp.arange(columns, dtype=jnp.int32) | term_bits
   packed = (packed | (full.astype(jnp.int32) << (_COLUMN_BITS + 2))).reshape(groups, -1)
   flat = active.reshape(groups, -1)
   place = jnp.where(flat, jnp.cumsum(flat, axis=1, dtype=jnp.int32) - 1, flat.shape[1])

@@ -7,4 +7,14 @@ from genmodels.masks import builders, laws
 from genmodels.masks.core import CODE_HIDDEN, MAX_TERMS, STREAM, AttnMask, normalise, plain_slots
 from genmodels.masks.relations import Relations
 
-__all__ = ["CODE_HIDDEN", "MAX_TERMS", "STREAM", "AttnMask", "Relations", "builders", "laws", "normalise", "plain_slots"]
+__all__ = [
+  "CODE_HIDDEN",
+  "MAX_TERMS",
+  "STREAM",
+  "AttnMask",
+  "Relations",
+  "builders",
+  "laws",
+  "normalise",
+  "plain_slots",
+]

@@ -150,7 +150,7 @@ def subset(doc: Array, visible: Array) -> AttnMask:
 
 
 def dual(doc: Array, block: Blocks, noisy: str, clean: str, *, copies=1, order=None) -> AttnMask:
-  """Stored [noisy copy 1 | … | clean]: a copy sees itself by `noisy`, earlier clean blocks; clean by `clean`."""
+  """Stored [noisy copies | clean]: a copy sees itself by `noisy` and earlier clean blocks."""
   names = tuple(f"n{i}" for i in range(copies))
   table = {("c", "c"): clean}
   for n in names:
@@ -205,7 +205,7 @@ def eso_ordered(doc: Array, order: Array) -> AttnMask:
 
 def frame_window(doc: Array, frame: int, frames: int, sink: int) -> AttnMask:
   """Video: a frame of `frame` tokens sees itself, the last `frames` frames and the first `sink`."""
-  relation = f"BLK_LE&SINK({sink * frame})|BLK_LE&BACK({frames * frame})"
+  relation = f"BLK_LE&SINK({sink * frame})|BLK_LE&BACK({(frames - 1) * frame})"
   return _one(doc, relation, block=frame)
 
 

@@ -14,7 +14,7 @@ the key stream ("pos" or "order"); [ds, de) its document, [bs, be) its block.
   ORD_LE    [ds, x]             ORD_LT     [ds, x)            (key stream coded by "order")
   SELF      [x, x]              SPAN_LE    [ds, max(x + 1, be)): causal, but a block sees all of itself
   WIN(w)    the last w keys up to x     NEAR(w)   [x − w, x + w]
-  SINK(n)   the first n of the document BACK(n)   the last n before be, and all that follow
+  SINK(n)   the first n of the document BACK(n)   the last n before bs, and all that follow
 
 `be` and `bs` on a stream coded by order assume that generation order permutes tokens within blocks.
 """
@@ -48,7 +48,7 @@ _ATOMS = {
   "WIN": lambda s, x, a: (x - a + 1, x + 1),
   "NEAR": lambda s, x, a: (x - a, x + a + 1),
   "SINK": lambda s, x, a: (s.doc_lo, s.doc_lo + a),
-  "BACK": lambda s, x, a: (s.blk_hi - a, s.doc_hi),
+  "BACK": lambda s, x, a: (s.blk_lo - a, s.doc_hi),
 }
 _ARGUMENT = ("WIN", "NEAR", "SINK", "BACK")
 _NEEDS = {"POS_LE": "pos", "POS_LT": "pos", "ORD_LE": "order", "ORD_LT": "order"}
@@ -99,7 +99,7 @@ class Relations:
     table = dict(table)
     for name in [n for pair in table for n in pair] + list(coord):
       if name not in streams:
-        raise ValueError(f"Relations: stream {name!r} is not in streams={streams}; name it there or fix the table")
+        raise ValueError(f"Relations: stream {name!r} is not in {streams}; name it there or fix the table")
     for stream, kind in coord.items():
       if kind not in ("pos", "order"):
         raise ValueError(f"Relations: coord of stream {stream!r} must be 'pos' or 'order', got {kind!r}")

@@ -318,6 +318,12 @@ def registry() -> dict[str, type]:
   }
 
 
+def layout(section):
+  """The layout of an objective's config section: the packer asks it for costs before there is data."""
+  default = {f.name: f for f in dataclasses.fields(registry()[section.get("kind", "tokens")])}["layout"]
+  return _built(layouts.REGISTRY, section.get("layout") or default.default_factory(), "objective.layout")
+
+
 def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
   """The objective of a config section.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -53,11 +55,33 @@ class DistributedConfig:
         raise ValueError(f"{name} = {getattr(self, name)}: at least 1 second")
 
 
-def initialize(cfg: DistributedConfig = DistributedConfig()) -> None:
+ENVIRONMENT = "GENMODELS_DISTRIBUTED"  # the fields of DistributedConfig as JSON; launchers set it
+
+
+def from_environment() -> DistributedConfig:
+  """What the launcher wrote into the environment; one process if it wrote nothing.
+
+  Raises:
+    ValueError: unknown fields or broken values.
+  """
+  text = os.environ.get(ENVIRONMENT, "{}")
+  try:
+    return DistributedConfig(**json.loads(text))
+  except (TypeError, ValueError) as e:
+    raise ValueError(
+      f"environment variable {ENVIRONMENT}={text!r}: {e}; it holds the JSON of a launcher"
+    ) from e
+
+
+def initialize(cfg: DistributedConfig | None = None) -> None:
   """Connects this process to the others; call before anything touches a device. One process: nothing.
+
+  Args:
+    cfg: default: `from_environment()`.
 
   On CPU the collectives between processes run over gloo.
   """
+  cfg = from_environment() if cfg is None else cfg
   if cfg.processes == 1:
     return
   if (jax.config.jax_platforms or "").split(",")[0] in ("cpu", ""):
@@ -204,3 +228,10 @@ class Preemption:
     if self._previous is not None:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+  """A global array on the host of every process (a collective with several processes)."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,22 @@
+"""The numbers of a trunk that FLOPs follow from, for metrics.model_flops."""
+
+from __future__ import annotations
+
+import re
+
+from genmodels.models.config import TrunkConfig
+
+
+def attention_sizes(cfg: TrunkConfig) -> dict[str, int]:
+  """{mask pattern: Σ over the layers that attend under it of heads · head_dim}."""
+  sizes = {p: 0 for p in cfg.patterns}
+  for segment in cfg.segments:
+    for spec in segment.pattern:
+      sizes[spec.mask] += segment.repeats * cfg.num_heads * cfg.head_dim
+  return sizes
+
+
+def head_paths(cfg: TrunkConfig) -> dict[str, str]:
+  """{head: regex of the paths of the weights that a read position passes through}."""
+  tied = r"^embed/tokens/"
+  return {name: tied if head.tied else rf"^heads/{re.escape(name)}/" for name, head in cfg.heads}

@@ -50,7 +50,8 @@ def get_config(variant: str = ""):
     },
     data={"kind": "digits", "tokens": "none", "length": 85},
     optim={"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": {"kind": "cosine", "warmup": 50}},
-    sampler={"kind": "block", "guidance": 1.5},
+    # s = 1 + τ with τ = 1.5·k/(K − 1) on scale k: VAR's form.
+    sampler={"guidance": {"scale": 2.5, "schedule": "linear", "over": "units"}, "eos": -2},
     batch_size=64,
   )
   cfg.train.update(steps=2000, log_every=50, save_every=500, sample_every=500, samples=16)

@@ -15,7 +15,7 @@ def get_config(variant: str = ""):
     "vision/raster_digits",
     title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
     arxiv="2406.06525",
-    row=-1,
+    row=None,
     tests=(
       "tests/vision/test_image.py::test_cached_decode_equals_one_pass",
       "tests/vision/test_image.py::test_leak_by_perturbation",
@@ -35,7 +35,7 @@ def get_config(variant: str = ""):
     },
     data={"kind": "digits", "tokens": "raster"},
     optim={"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": {"kind": "cosine", "warmup": 50}},
-    sampler={"kind": "ar", "guidance": 2.0},
+    sampler={"guidance": {"scale": 2.0}, "eos": -2},
     batch_size=64,
   )
   cfg.train.update(steps=2000, log_every=50, save_every=500, sample_every=500, samples=16)

@@ -76,11 +76,16 @@ def token_bits(row: Row, key: Array, step, copy: int, tag: int, at: Array | None
       equal `at` in one document share their bits, which is how a whole block draws one number.
     lane: further independent numbers of the same position.
   """
+  return _lane_bits(row, key, step, copy, tag, at, np.array([lane]))[..., 0]
+
+
+def _lane_bits(row: Row, key: Array, step, copy: int, tag: int, at: Array | None, lanes: np.ndarray) -> Array:
+  """uint32[B, N, len(lanes)]: `token_bits` of several lanes, in one call of the generator."""
   if at is None:
     lo, _ = doc_bounds(row.doc)
     at = jnp.arange(row.doc.shape[1], dtype=jnp.int32)[None] - lo
-  k0, k1 = (of_doc(row.doc, k) for k in doc_key(row, key, step, copy, tag))
-  return threefry2x32(k0, k1, at.astype(jnp.uint32), np.uint32(2 + lane))[0]
+  k0, k1 = (of_doc(row.doc, k)[..., None] for k in doc_key(row, key, step, copy, tag))
+  return threefry2x32(k0, k1, at.astype(jnp.uint32)[..., None], (2 + lanes).astype(np.uint32))[0]
 
 
 def token_uniform(row: Row, key: Array, step, copy: int, tag: int, at=None, lane: int = 0) -> Array:
@@ -90,5 +95,5 @@ def token_uniform(row: Row, key: Array, step, copy: int, tag: int, at=None, lane
 
 def token_normal(row: Row, key: Array, step, copy: int, tag: int, width: int, lane: int = 0) -> Array:
   """float32[B, N, width] standard normals, by the inverse error function."""
-  u = jnp.stack([token_uniform(row, key, step, copy, tag, lane=lane * width + i) for i in range(width)], -1)
+  u = uniform(_lane_bits(row, key, step, copy, tag, None, lane * width + np.arange(width)))
   return jnp.float32(np.sqrt(2)) * jax.scipy.special.erfinv(2 * u - 1)

@@ -50,6 +50,8 @@ class TextImageFlow(Objective):
   t_std: float = 1.0
 
   def __post_init__(self):
+    if not self.likelihood:
+      object.__setattr__(self, "likelihood", self.text)
     super().__post_init__()
     if set(self.terms) != {self.text, self.image}:
       raise ValueError(f"terms has {sorted(self.terms)}; it must have the names text={self.text!r}, image={self.image!r}")

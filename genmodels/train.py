@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genmodels import config, data, evals, metrics, models, optim, sampling, state as states, step as steps, system
+from genmodels import config, data, evals, metrics, models, optim, state as states, step as steps, system
 from genmodels.checkpoint import init as initialisation
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import multihost, rules
+from genmodels.sampling import run as runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +117,11 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
   key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
 
+  begin = lambda trees: states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+
   def fresh(key):
-    trees = {"model": model.init(key)}
-    if tcfg.ema:
-      trees["ema"] = trees["model"]
-    return states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+    params = model.init(key)
+    return begin({"model": params, "ema": params} if tcfg.ema else {"model": params})
 
   dropped: list[str] = []
   with rules.use_mesh(mesh):
@@ -128,11 +129,13 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
     shardings = states.shardings(abstract, {"model": placed}, mesh)
     make = lambda: jax.jit(fresh, out_shardings=shardings)(key)
+    rebuild = jax.jit(begin, out_shardings=shardings)
     saver = checkpoints.Manager(workdir / "checkpoints", ccfg)
     with ledger.span("restore"):
       state, origin = initialisation.initialise(
-        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps
-      )
+        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps,
+        axes=axes, rebuild=rebuild,
+      )  # fmt: skip
   say(f"parameters {sum(x.size for x in jax.tree.leaves(shapes)):,} · mesh {dict(mesh.shape)} · {origin}")
   for text in dropped:
     say(f"note: replicated: {text}")
@@ -219,7 +222,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
               say(f"step {at}: held out {metric:.4f} {evals.METRIC.replace('_', ' ')}")
         if tcfg.sample_every and at % tcfg.sample_every == 0:
           with ledger.span("sample"):
-            sampling.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+            runs.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+        saver.check()  # a save that failed in the background
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
           save(at, metric)

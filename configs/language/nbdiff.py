@@ -32,6 +32,7 @@ def get_config(variant: str = ""):
       },
       "layout": {"kind": "streams", "streams": ("n", "c")},
       "masks": {"full": "context_causal"},
+      "likelihood": "diffusion",
       "terms": {
         "diffusion": {"stream": "n", "align": "shift_clean_boundary", "on": "hit", "weight": "one", "normaliser": "masked"},
         "ar": {"stream": "c", "align": "shift", "scale": 1.0},

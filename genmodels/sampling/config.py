@@ -78,7 +78,7 @@ class SamplerConfig:
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
-    term: the term whose head decodes; "" is the first.
+    term: the term whose head decodes; "" is the one of the likelihood.
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
@@ -152,7 +152,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     warnings.warn(
       f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}", stacklevel=2
     )
-  name = cfg.term or next(iter(objective.terms))
+  name = cfg.term or objective.likelihood
   if name not in objective.terms:
     raise ConfigError("no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}")
   term = objective.terms[name]

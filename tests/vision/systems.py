@@ -12,7 +12,7 @@ from genmodels.contracts import token_row
 from genmodels.objectives import Nets
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Digits:
   latent: object
   objective: object

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genmodels import config, data, evals, metrics, models, optim, sampling, state as states, step as steps, system
+from genmodels import config, data, evals, metrics, models, optim, state as states, step as steps, system
 from genmodels.checkpoint import init as initialisation
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import multihost, rules
+from genmodels.sampling import run as runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +115,13 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: {note}")
 
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
-  key = jax.random.key(int(cfg.seed))
+  key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
+
+  begin = lambda trees: states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
 
   def fresh(key):
-    trees = {"model": model.init(key)}
-    if tcfg.ema:
-      trees["ema"] = trees["model"]
-    return states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+    params = model.init(key)
+    return begin({"model": params, "ema": params} if tcfg.ema else {"model": params})
 
   dropped: list[str] = []
   with rules.use_mesh(mesh):
@@ -128,11 +129,13 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
     shardings = states.shardings(abstract, {"model": placed}, mesh)
     make = lambda: jax.jit(fresh, out_shardings=shardings)(key)
+    rebuild = jax.jit(begin, out_shardings=shardings)
     saver = checkpoints.Manager(workdir / "checkpoints", ccfg)
     with ledger.span("restore"):
       state, origin = initialisation.initialise(
-        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps
-      )
+        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps,
+        axes=axes, rebuild=rebuild,
+      )  # fmt: skip
   say(f"parameters {sum(x.size for x in jax.tree.leaves(shapes)):,} · mesh {dict(mesh.shape)} · {origin}")
   for text in dropped:
     say(f"note: replicated: {text}")
@@ -163,7 +166,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
-        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents[:8]} …")
+        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")
       if at % tcfg.log_every and at != tcfg.steps:
         return
       for term, sums in m["source"].items():
@@ -191,21 +194,27 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           local = next(batches)
           row = system.row_of(multihost.global_batch(local, mesh, batch_size))
         first = at == start + 1
+        # Several steps in flight deadlock host collectives on few cores.
+        wait = first or (mesh.size > 1 and jax.default_backend() == "cpu")
         with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
           state, m = compiled(state, row, key)
-          if first or (mesh.size > 1 and jax.default_backend() == "cpu"):
-            jax.block_until_ready(m)  # several steps in flight deadlock host collectives on few cores
+          if wait:
+            jax.block_until_ready(m)
         if pending is not None:
           record(*pending)
-        pending = (at, m, local["example_id"].reshape(-1, 2).tolist())
+        pending = (at, m, _examples(local))
+        if wait:
+          record(*pending)
+          pending = None
         run.state, run.step = state, at
 
         metric = None
         if held is not None and (at % ecfg.every == 0 or at == tcfg.steps):
-          with ledger.span("eval"):
+          if pending is not None:
             record(*pending)
             pending = None
-            result = held(steps.evaluated_trees(state, tcfg))
+          with ledger.span("eval"):
+            result = held(steps.evaluated_trees(state, tcfg), at)
             run.evals.append({"step": at, **result})
             metric = result[evals.METRIC]
             if lead:
@@ -213,7 +222,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
               say(f"step {at}: held out {metric:.4f} {evals.METRIC.replace('_', ' ')}")
         if tcfg.sample_every and at % tcfg.sample_every == 0:
           with ledger.span("sample"):
-            sampling.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+            runs.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+        saver.check()  # a save that failed in the background
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
           save(at, metric)
@@ -233,6 +243,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       writer.close()
       progress.close()
   return run
+
+
+def _examples(batch: dict, most: int = 16) -> list:
+  """(source and document, piece) of the first documents of a batch, for messages."""
+  used = [batch["example_id"][b, : d.max() + 1] for b, d in enumerate(batch["doc"])]
+  return np.concatenate(used)[:most].tolist()
 
 
 def _flops(model: metrics.ModelFlops, work: dict, passes: int) -> float:

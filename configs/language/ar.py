@@ -29,7 +29,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(1024),
     optim=sections.adamw(6e-4, warmup=2000, kind="cosine", weight_decay=0.1),
     train={"steps": 100_000},
-    sampler={"active": "ar"},
+    sampler={"temperature": 1.0},
   )
   cfg.batch_size = 512
   return sections.tiny_text(cfg) if variant == "tiny" else cfg

@@ -34,7 +34,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(1024),
     optim=sections.adamw(3e-4, warmup=2500, b2=0.999),
     train={"steps": 150_000, "ema": 0.9999},
-    sampler={"active": "block", "quota": "first_hitting", "top_p": 0.9},
+    sampler={"quota": {"kind": "first_hitting"}, "top_p": 0.9},
   )
   cfg.batch_size = 512
   if variant == "tiny":

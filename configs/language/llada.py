@@ -29,10 +29,11 @@ def get_config(variant: str = ""):
     data=sections.packed_text(4096),
     optim=sections.adamw(4e-4, warmup=2000, kind="wsd", weight_decay=0.1),
     train={"steps": 440_000},
-    sampler={"active": "all", "quota": "linear", "score": "prob", "steps": 256, "block": 32},
+    sampler={"quota": {"kind": "linear", "steps": 32}, "score": "prob", "sub_block": 32, "temperature": 0.0},
   )
   cfg.batch_size = 1280
   if variant == "tiny":
     sections.tiny_text(cfg)
-    cfg.sampler.update(steps=16, block=16)
+    cfg.sampler.quota.steps = 8
+    cfg.sampler.sub_block = 16
   return cfg

@@ -16,7 +16,7 @@ def get_config(variant: str = ""):
     "language/mdlm",
     title="Simple and Effective Masked Diffusion Language Models",
     arxiv="2406.07524",
-    row=-1,
+    row=271,
     tests=(
       "tests/objectives/test_bound.py::test_loss_is_the_bound",
       "tests/objectives/test_text.py::test_mdlm_and_llada_settings",
@@ -32,12 +32,12 @@ def get_config(variant: str = ""):
     data=sections.packed_text(1024),
     optim=sections.adamw(3e-4, warmup=2500, b2=0.999),
     train={"steps": 1_000_000, "ema": 0.9999},
-    sampler={"active": "all", "quota": "ancestral", "steps": 128},
+    sampler={"quota": {"kind": "ancestral", "steps": 128}},
   )
   cfg.batch_size = 512
   if variant == "tiny":
     sections.tiny_text(cfg)
     cfg.model.dropout = 0.0
     cfg.train.ema = 0.0
-    cfg.sampler.steps = 16
+    cfg.sampler.quota.steps = 16
   return cfg

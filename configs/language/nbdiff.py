@@ -32,6 +32,7 @@ def get_config(variant: str = ""):
       },
       "layout": {"kind": "streams", "streams": ("n", "c")},
       "masks": {"full": "context_causal"},
+      "likelihood": "diffusion",
       "terms": {
         "diffusion": {"stream": "n", "align": "shift_clean_boundary", "on": "hit", "weight": "one", "normaliser": "masked"},
         "ar": {"stream": "c", "align": "shift", "scale": 1.0},
@@ -40,7 +41,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(8192),
     optim=sections.adamw(1e-5, warmup=500, kind="cosine", weight_decay=0.1),
     train={"steps": 40_000},
-    sampler={"active": "block", "quota": "threshold", "threshold": 0.9, "score": "entropy"},
+    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "neg_entropy"},
   )
   cfg.batch_size = 512
   if variant == "tiny":

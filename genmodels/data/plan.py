@@ -2,13 +2,13 @@
 
 Legend: P pieces · R rows of a window · D documents a row may hold · N tokens of a row · W pieces of a window.
 
-A document longer than N is cut into pieces; the first token of a later piece repeats the last one of the piece
-before, as CONTEXT, so every token is predicted exactly once. Each component (a source with a mode) is an endless
-sequence of its pieces: position p is piece cipher(p mod size) of epoch p div size, under a key of its own per
-epoch, so `occurrence` is the epoch and a piece never comes twice in one. Window w takes W pieces, shared among
-the components by the weights of its stage, packs them, and shuffles the packed rows by another cipher. Hence any
-window is rebuilt anywhere from lengths in a fraction of a second, and the artefact holds only the rows per window
-(prefix sums) and digests. Nothing depends on hosts: the state is the step.
+A document longer than N is cut into pieces; the first token of a later piece repeats the last one of the
+piece before, as CONTEXT, so every token is predicted exactly once. Each component (a source with a mode) is
+an endless sequence of its pieces: position p is piece cipher(p mod size) of epoch p div size, under a key of
+its own per epoch, so `occurrence` is the epoch and a piece never comes twice in one. Window w takes W pieces,
+shared among the components by the weights of its stage, packs them, and shuffles the packed rows by another
+cipher. Hence any window is rebuilt anywhere from lengths in a fraction of a second, and the artefact holds
+only the rows per window (prefix sums) and digests. Nothing depends on hosts: the state is the step.
 """
 
 from __future__ import annotations
@@ -25,143 +25,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from genmodels.data.records import DataError, json_digest
+from genmodels.data.packing import U64, hash64, pack, permute
+from genmodels.data.records import DataError, json_digest, partial_name
 
 VERSION = 1
 MIN_ROWS = 64  # a window of a tiny source spans epochs, so that its last, half-empty row is one of many
-_U = np.uint64
-
-
-# --------------------------------------------------------------------------------------------- cipher
-
-
-_GOLDEN = _U(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-  """The splitmix64 finaliser (Steele et al. 2014) of a uint64 array; arrays wrap silently."""
-  x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
-  return x ^ (x >> _U(31))
-
-
-def hash64(*values) -> np.ndarray:
-  """A 64-bit hash of uint64 numbers or arrays."""
-  with np.errstate(over="ignore"):
-    h = np.zeros((), _U)
-    for v in values:
-      h = _mix((h ^ np.asarray(v, _U)) + _GOLDEN)
-  return h
-
-
-def permute(index, size: int, key) -> np.ndarray:
-  """A keyed permutation of [0, size) at `index`, int64: an unbalanced Feistel network, walked in cycles.
-
-  Args:
-    index: int[...] in [0, size).
-    key: uint64 (a hash), scalar or an array like `index` (every element under its own key).
-  """
-  index = np.asarray(index, np.int64)
-  bits = max(int(size - 1).bit_length(), 2)
-  low = bits // 2
-  shift, low_mask, high_mask = _U(low), _U((1 << low) - 1), _U((1 << (bits - low)) - 1)
-  flat = index.astype(_U).reshape(-1)
-  keys = np.broadcast_to(np.asarray(key, _U), index.shape).reshape(-1)
-  walking = np.arange(flat.size)
-  while walking.size:
-    x, k = flat[walking], keys[walking]
-    a, b = x & low_mask, x >> shift
-    for _ in range(4):
-      a = a ^ (_mix(b ^ k) & low_mask)
-      k = k + _GOLDEN
-      b = b ^ (_mix(a ^ k) & high_mask)
-      k = k + _GOLDEN
-    flat[walking] = x = (b << shift) | a
-    walking = walking[x >= _U(size)]
-  return flat.reshape(index.shape).astype(np.int64)
-
-
-# -------------------------------------------------------------------------------------------- packing
-
-
-def pack(sizes: Mapping[str, np.ndarray], room: Mapping[str, int], documents: int) -> tuple[np.ndarray, int]:
-  """Best-fit decreasing over several budgets at once.
-
-  Args:
-    sizes: {budget: int[P]} what each piece costs. room: {budget: capacity of a row}.
-    documents: pieces that a row may hold.
-  Returns: row int32[P] of each piece, number of rows. No row exceeds any budget.
-  Raises: DataError if a piece fits no row.
-  """
-  for name, size in sizes.items():
-    if size.size and size.max() > room[name]:
-      i = int(size.argmax())
-      raise DataError(
-        f"packing: a piece costs {int(size[i])} of budget {name!r}, a row has {room[name]}; "
-        f"raise data.budgets.{name} or lower data.piece_len"
-      )
-  # Fit by the budget that fills first; the others are only checked.
-  first = max(sizes, key=lambda n: (sizes[n].sum() / room[n], n))
-  others = [n for n in sizes if n != first and not np.array_equal(sizes[n], sizes[first])]
-  size, cap = sizes[first], int(room[first])
-  order = np.argsort(-size.astype(np.int64), kind="stable")
-  rest = np.stack([sizes[n] for n in others], 1)[order].tolist() if others else None
-  caps = [int(room[n]) for n in others]
-  out = np.empty(len(size), np.int32)
-  stacks: list[list[int]] = [[] for _ in range(cap + 1)]  # open rows by the room they have left
-  mask = 0  # bit r: some open row has room r
-  count: list[int] = []
-  left: list[list[int]] = []
-  smallest = int(size.min()) if size.size else 0
-  rows = []
-  for i, s in enumerate(size[order].tolist()):
-    row, r = -1, cap
-    m = mask >> s
-    if rest is None:
-      if m:
-        r = s + (m & -m).bit_length() - 1
-        row = stacks[r].pop()
-        if not stacks[r]:
-          mask ^= 1 << r
-    else:
-      row, r, mask = _fit(stacks, mask, s, rest[i], left)
-    if row < 0:
-      row, r = len(count), cap
-      count.append(0)
-      if rest is not None:
-        left.append(list(caps))
-    rows.append(row)
-    count[row] += 1
-    if rest is not None:
-      left[row] = [a - b for a, b in zip(left[row], rest[i])]
-    r -= s
-    if r >= smallest and count[row] < documents:
-      if not stacks[r]:
-        mask |= 1 << r
-      stacks[r].append(row)
-  out[order] = rows
-  return out, len(count)
-
-
-def _fit(stacks, mask, s, costs, left, tries=64):
-  """The tightest open row that also has room in the other budgets, among the `tries` tightest."""
-  m, base = mask >> s, s
-  while m:
-    skip = (m & -m).bit_length() - 1
-    r = base + skip
-    stack = stacks[r]
-    for j in range(len(stack) - 1, -1, -1):
-      if all(a >= b for a, b in zip(left[stack[j]], costs)):
-        row = stack.pop(j)
-        return row, r, mask if stack else mask ^ (1 << r)
-      tries -= 1
-      if not tries:
-        return -1, 0, mask
-    m >>= skip + 1
-    base = r + 1
-  return -1, 0, mask
-
-
 # ------------------------------------------------------------------------------------------ documents
 
 
@@ -315,7 +183,8 @@ class Plan:
     unit: what weights are shares of, "tokens" or "pieces".
     packed: False puts one piece in a row.
     documents: D; 0 chooses one that costs at most half a percent of the rows.
-    cost: `Layout.cost`, called with {"context": int[P], "text": int[P]} and a mode, returning {budget: int[P]}.
+    cost: `Layout.cost`, called with {"context": int[P], "text": int[P]} and a mode, returning
+      {budget: int[P]}.
     budgets: {budget: capacity of a row}; by default what one document of N TEXT tokens costs.
     piece_len: longest piece, default N.
     shuffle: False keeps the order of the documents. epochs: 1 ends after one pass (0: endless).
@@ -365,8 +234,9 @@ class Plan:
       self.documents = self._capacity()
 
   def _capacity(self) -> int:
-    """The least of a few capacities that costs no more than half a percent of rows, tried on window 0."""
-    sizes = self._sizes(self._deal(0))
+    """The least of a few capacities that costs no more than half a percent of rows, tried on a sample."""
+    pieces = self._deal(0)
+    sizes = self._sizes(pieces.take(np.arange(min(len(pieces.length), 1 << 14))))
     best = pack(sizes, self.budgets, self.seq_len)[1]
     tries = (d << e for e in range(31) for d in (8, 12))
     return next(d for d in tries if d >= self.seq_len or pack(sizes, self.budgets, d)[1] <= 1.005 * best)
@@ -435,7 +305,7 @@ class Plan:
         continue
       epoch, index = np.divmod(p, pieces.size)
       if self.shuffle:
-        index = permute(index, pieces.size, hash64(self._key, c, epoch.astype(_U)))
+        index = permute(index, pieces.size, hash64(self._key, c, epoch.astype(U64)))
         document, piece = pieces.locate(index)
       else:
         document, piece = pieces.in_order(index)
@@ -482,9 +352,11 @@ class Plan:
         self._cache.move_to_end(w)
         return self._cache[w]
       rows = self._build(w)
-      if w < len(self._digests) and (got := rows.digest()) != self._digests[w]:
+      want = self._digests[w] if w < len(self._digests) else ""
+      if want and (got := rows.digest()) != want:
         raise DataError(
-          f"data plan, window {w}: digest {got}, expected {self._digests[w]} by the artefact; the lengths or the "
+          f"data plan, window {w}: digest {got}, expected {want} by the artefact; the lengths "
+          f"or the "
           "layout's cost are not those it was made with. Restore them, or delete the artefact for a new order"
         )
       self._cache[w] = rows
@@ -498,6 +370,14 @@ class Plan:
     if self.epochs and w == self._windows_per_epoch():
       return False
     stage = self._stage_of(w)
+    if not self.packed:
+      # A piece is a row: the count needs no packing (a window that a stage cuts is dealt all the same).
+      v = w - stage.window
+      count = sum(self._cursor(stage, c, v + 1) - self._cursor(stage, c, v) for c in range(len(self._pieces)))
+      if stage.end is None or self._prefix[-1] + count < stage.end:
+        self._digests.append("")
+        self._prefix.append(self._prefix[-1] + count)
+        return True
     rows = self._window(w)
     count = len(rows.row_ptr) - 1
     if stage.end is not None and self._prefix[-1] + count >= stage.end:
@@ -539,6 +419,11 @@ class Plan:
         pass
     return -(-self._prefix[-1] // self.batch_size)
 
+  @property
+  def windows(self) -> int:
+    """Windows whose rows are known."""
+    return len(self._digests)
+
   def rows(self, step: int) -> np.ndarray:
     """Row numbers int64[batch_size] of a step."""
     return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -548,15 +433,16 @@ class Plan:
     with self._lock:
       while self._prefix[-1] <= rows[-1] and self._grow():
         pass
-      window = np.searchsorted(self._prefix, rows, side="right") - 1
+      first, last = (bisect.bisect_right(self._prefix, int(r)) - 1 for r in (rows[0], rows[-1]))
       parts = []
-      for w in np.unique(window):
-        at = rows[window == w]
+      for w in range(first, last + 1):
+        end = self._prefix[w + 1] if w < len(self._digests) else rows[-1] + 1
+        at = rows[(rows >= self._prefix[w]) & (rows < end)]
         if w == len(self._digests):
           none = [np.zeros(0, np.int64)] * len(Rows._PER_PIECE)
           parts.append(Rows(np.zeros(len(at) + 1, np.int64), *none))
         else:
-          parts.append(self._window(int(w)).take(at - self._prefix[w]))
+          parts.append(self._window(w).take(at - self._prefix[w]))
     return Rows.concatenate(parts)
 
   def batch(self, step: int) -> Rows:
@@ -606,9 +492,9 @@ class Plan:
         cost[str(m)] = {n: np.asarray(v).tolist() for n, v in values.items()}
     return {
       "version": VERSION, "seed": self.seed, "seq_len": self.seq_len, "piece_len": self.piece_len,
-      "batch_size": self.batch_size, "packed": self.packed, "documents": self.documents, "window": self.window,
-      "shuffle": self.shuffle, "epochs": self.epochs, "unit": self._unit, "budgets": self.budgets, "cost": cost,
-      "components": [
+      "batch_size": self.batch_size, "packed": self.packed, "documents": self.documents, "window":
+      self.window, "shuffle": self.shuffle, "epochs": self.epochs, "unit": self._unit, "budgets":
+      self.budgets, "cost": cost, "components": [
         {"name": c.name, "digest": c.digest, "mode": c.mode, "documents": p.documents, "pieces": p.size}
         for c, p in zip(self.components, self._pieces)
       ],
@@ -633,7 +519,7 @@ class Plan:
       }  # fmt: skip
     tree = json.loads(json.dumps(tree))
     tree["xxh3"] = json_digest(tree)
-    tmp = f"{path}.partial-{os.getpid()}"
+    tmp = partial_name(path)
     with open(tmp, "w") as f:
       json.dump(tree, f)
     os.replace(tmp, path)
@@ -641,8 +527,8 @@ class Plan:
   def load(self, path: str) -> None:
     """Takes prefix sums and digests from an artefact made for the same header.
 
-    Stages may differ: what lies before the first differing step is kept. Raises DataError naming the keys that
-    differ, or a damaged file.
+    Stages may differ: what lies before the first differing step is kept. Raises DataError naming the keys
+    that differ, or a damaged file.
     """
     with open(path) as f:
       try:
@@ -650,12 +536,15 @@ class Plan:
       except json.JSONDecodeError as e:
         raise DataError(f"data plan {path}: not JSON ({e}); delete it, it is made again from the data") from e
     if json_digest(tree) != tree.get("xxh3"):
-      raise DataError(f"data plan {path}: does not match its own xxh3; delete it, it is made again from the data")
+      raise DataError(
+        f"data plan {path}: does not match its own xxh3; delete it, it is made again from the data"
+      )
     mine, theirs = json.loads(json.dumps(self.header())), tree["header"]
     if differ := [k for k in mine if k != "stages" and mine[k] != theirs.get(k)]:
       what = "; ".join(f"{k}: {theirs.get(k)} in the artefact, {mine[k]} now" for k in differ)
       raise DataError(
-        f"data plan {path} was made for other data or options ({what[:500]}). Restore them, or delete the file to "
+        f"data plan {path} was made for other data or options ({what[:500]}). Restore them, or delete the "
+        f"file to "
         "begin a new order of the data"
       )
     same = [a == b for a, b in zip(mine["stages"], theirs["stages"])]

@@ -2,9 +2,10 @@
 
   genmodels prepare corpus/ more.jsonl --out data/corpus --tokenizer bpe:8192
 
-writes OUT/train and OUT/heldout (records.py) and OUT/tokenizer.json. The same input gives the same bytes: files
-are taken in sorted order, and a document goes to the held-out set by the hash of its key, so equal documents
-never sit on both sides. Bad input is named, counted and kept in the manifest; too much of it is refused.
+writes OUT/train and OUT/heldout (records.py) and OUT/tokenizer.json. The same input gives the same bytes:
+files are taken in sorted order, and a document goes to the held-out set by the hash of its key, so equal
+documents never sit on both sides. Bad input is named, counted and kept in the manifest; too much of it is
+refused.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xxhash
 
-from genmodels.data import records
-from genmodels.data import tokenizers
+from genmodels.data import records, tokenizers
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".txt.gz", ".parquet")
@@ -76,8 +76,12 @@ class _Line:
     if p.total and p.done and not last:
       left = spent * (p.total - p.done) / p.done
       eta = f" · {100 * p.done / p.total:.0f} % · ETA {left:.0f} s"
-    line = f"prepare: {documents:,} documents · {tokens:,} tokens · {tokens / spent / 1e6:.2f} M tokens/s{eta}"
-    print(f"\r{line}\x1b[K" if self._tty else line, end="" if self._tty and not last else "\n", file=sys.stderr)
+    line = (
+      f"prepare: {documents:,} documents · {tokens:,} tokens · {tokens / spent / 1e6:.2f} M tokens/s{eta}"
+    )
+    print(
+      f"\r{line}\x1b[K" if self._tty else line, end="" if self._tty and not last else "\n", file=sys.stderr
+    )
 
 
 def prepare(
@@ -106,7 +110,7 @@ def prepare(
       tokenizer, docs = _train(docs, int(tokenizer[4:]), bpe_bytes, heldout)
     else:
       tokenizer = tokenizers.load(tokenizer)
-  tmp = f"{out}.partial-{os.getpid()}"
+  tmp = records.partial_name(out)
   shutil.rmtree(tmp, ignore_errors=True)
   os.makedirs(tmp)
   meta = dict(meta or {}, bos=bos, eos=eos, heldout=heldout)
@@ -132,7 +136,8 @@ def prepare(
       line.show(n, tokens)
     if len(progress.bad) > max_bad * (n + len(progress.bad)):
       raise records.DataError(
-        f"{len(progress.bad)} of {n + len(progress.bad)} inputs are unreadable, more than max_bad={max_bad}; the "
+        f"{len(progress.bad)} of {n + len(progress.bad)} inputs are unreadable, more than "
+        f"max_bad={max_bad}; the "
         f"first: {'; '.join(progress.bad[:3])}. Repair or remove them, or raise --max-bad"
       )
     meta |= dict(empty=empty, bad=progress.bad)
@@ -218,7 +223,9 @@ def list_files(inputs: Iterable[str]) -> list[str]:
       dirs.sort()
       found += [os.path.join(folder, f) for f in sorted(files) if f.endswith(SUFFIXES)]
     if not found:
-      raise records.DataError(f"{name}: no file ends in one of {', '.join(SUFFIXES)}; name the files themselves")
+      raise records.DataError(
+        f"{name}: no file ends in one of {', '.join(SUFFIXES)}; name the files themselves"
+      )
     out += found
   return out
 
@@ -310,15 +317,24 @@ def _from_fields(fields, text, prompt):
   return Text(body, given)
 
 
-def read_python(progress: Progress | None = None, limit: int = 0) -> Iterator[Text]:
+def read_python(progress: Progress | None = None, documents: int = 0) -> Iterator[Text]:
   """The Python standard library: sources and docstrings that every machine has, one document a file.
 
-  Files in sorted order, tests and bundled packages left out; `limit` stops after so many bytes (0: all).
+  Files in sorted order, tests and bundled packages left out; `documents` takes the first so many (0: all).
   """
   progress = progress or Progress()
   root = sysconfig.get_paths()["stdlib"]
-  leave = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "lib-dynload"}
-  size = 0
+  leave = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "_bundled",
+    "lib-dynload",
+  }
+  taken = 0
   for folder, dirs, files in os.walk(root):
     dirs[:] = sorted(d for d in dirs if d not in leave and not d.startswith("config-"))
     for name in sorted(f for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")):
@@ -330,8 +346,8 @@ def read_python(progress: Progress | None = None, limit: int = 0) -> Iterator[Te
         progress.bad.append(f"{path}: {e}")
         continue
       yield Text(body, key=os.path.relpath(path, root))
-      size += len(body)
-      if limit and size >= limit:
+      taken += 1
+      if taken == documents:
         return
 
 
@@ -343,11 +359,15 @@ def main(argv: list[str] | None = None) -> int:
   p = argparse.ArgumentParser(prog="genmodels prepare", description=__doc__.splitlines()[0])
   p.add_argument("inputs", nargs="*", help="files or directories; 'python' is the Python standard library")
   p.add_argument("--out", help="directory to write")
-  p.add_argument("--tokenizer", default="byte", help="byte (default), a tokenizer.json, or bpe:N to train one")
+  p.add_argument(
+    "--tokenizer", default="byte", help="byte (default), a tokenizer.json, or bpe:N to train one"
+  )
   p.add_argument("--heldout", type=float, default=0.01, help="share of documents held out, by hash")
   p.add_argument("--text", default="text", help="field of JSONL and Parquet that holds the text")
   p.add_argument("--prompt", default="", help="field that holds a given prompt (instruction data)")
-  p.add_argument("--split", choices=("file", "line", "paragraph"), default="file", help="documents of a text file")
+  p.add_argument(
+    "--split", choices=("file", "line", "paragraph"), default="file", help="documents of a text file"
+  )
   p.add_argument("--no-bos", action="store_true")
   p.add_argument("--no-eos", action="store_true")
   p.add_argument("--shard-mb", type=int, default=256)
@@ -365,9 +385,9 @@ def main(argv: list[str] | None = None) -> int:
       list_files(args.inputs), progress, text=args.text, prompt=args.prompt, split=args.split
     )  # fmt: skip
     result = prepare(
-      docs, args.out, tokenizer=args.tokenizer, heldout=args.heldout, bos=not args.no_bos, eos=not args.no_eos,
-      shard_bytes=args.shard_mb << 20, compression=args.compression, max_bad=args.max_bad, progress=progress,
-      quiet=False,
+      docs, args.out, tokenizer=args.tokenizer, heldout=args.heldout, bos=not args.no_bos, eos=not
+      args.no_eos, shard_bytes=args.shard_mb << 20, compression=args.compression, max_bad=args.max_bad,
+      progress=progress, quiet=False,
     )  # fmt: skip
   except (records.DataError, ValueError) as e:
     print(f"genmodels prepare: {e}", file=sys.stderr)
@@ -375,22 +395,32 @@ def main(argv: list[str] | None = None) -> int:
   for split in ("train", "heldout"):
     m = result[split]
     print(
-      f"{args.out}/{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, {m['source_bytes']:,} source "
+      f"{args.out}/{split}: {m['documents']:,} documents, {m['tokens']:,} tokens, {m['source_bytes']:,} "
+      f"source "
       f"bytes in {len(m['shards'])} shards, vocabulary {m['vocab_size']}, xxh3 {m['xxh3']}"
     )
   for what, names in (("empty", result["empty"]), ("unreadable", len(result["bad"]))):
     if names:
-      print(f"{names} {what} inputs left out" + (f": {'; '.join(result['bad'][:5])}" if what != "empty" else ""))
+      print(
+        f"{names} {what} inputs left out" + (f": {'; '.join(result['bad'][:5])}" if what != "empty" else "")
+      )
   return 0
 
 
 def _verify(path):
-  parts = [os.path.join(path, s) for s in ("train", "heldout")] if os.path.isdir(os.path.join(path, "train")) else [path]
+  parts = (
+    [os.path.join(path, s) for s in ("train", "heldout")]
+    if os.path.isdir(os.path.join(path, "train"))
+    else [path]
+  )
   bad = 0
   for part in parts:
     data = records.Dataset(part, max_quarantined=1.0, verify=True)
     for entry in data.quarantine.entries:
-      print(f"{part}/{entry['shard']}: {entry['reason']} ({entry['documents']} documents, {entry['tokens']} tokens)")
+      print(
+        f"{part}/{entry['shard']}: {entry['reason']} ({entry['documents']} documents, {entry['tokens']} "
+        f"tokens)"
+      )
     bad += len(data.quarantine.entries)
     print(f"{part}: {len(data.manifest['shards'])} shards, {len(data.quarantine.entries)} bad")
   return 1 if bad else 0

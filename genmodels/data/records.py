@@ -5,8 +5,9 @@ One schema serves text, image and audio tokens. A record is one document:
   header (32 bytes, HEADER) · shape u32[dims] · spans u32[spans, 3] · conditions f32[conds] · tokens[n, depth]
 
 `shape` is the grid or the scale table of an image, (start, end, role) spans are roles that are no prefix
-(several turns), `depth` is the number of codes per position (residual or parallel codebooks). Ids are stored at
-the narrowest width that holds the vocabulary. Shards have group_size 1: every record is its own checked chunk.
+(several turns), `depth` is the number of codes per position (residual or parallel codebooks). Ids are stored
+at the narrowest width that holds the vocabulary. Shards have group_size 1: every record is its own checked
+chunk.
 
 A truncated ArrayRecord file opens as an empty one, so the manifest's counts and sizes are compared at open.
 """
@@ -19,6 +20,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 
 import numpy as np
@@ -62,6 +64,11 @@ def json_digest(tree) -> str:
   """xxh3 (64 bit, hex) of a JSON tree in canonical form; the key "xxh3" at the top is left out."""
   tree = {k: v for k, v in tree.items() if k != "xxh3"}
   return xxhash.xxh3_64_hexdigest(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
+
+
+def partial_name(path: str) -> str:
+  """Where to write what is renamed to `path` when it is complete; hosts that share a disk do not collide."""
+  return f"{path}.partial-{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +172,7 @@ class Writer:
       raise DataError(f"data set {path}: exists already; delete it or choose another directory")
     self.path = path
     self.dtype = id_dtype(vocab_size)
-    self._tmp = f"{path}.partial-{os.getpid()}"
+    self._tmp = partial_name(path)
     shutil.rmtree(self._tmp, ignore_errors=True)
     os.makedirs(self._tmp)
     self._shard_bytes = shard_bytes
@@ -235,7 +242,8 @@ class Writer:
     contexts = set(self._contexts)
     manifest = self._manifest | dict(
       documents=len(self._lengths), tokens=sum(self._lengths), source_bytes=self._source_bytes,
-      spans=self._spans, features=self._features, lengths=self._array("lengths.npy", self._lengths), shards=self._shards,
+      spans=self._spans, features=self._features, lengths=self._array("lengths.npy", self._lengths),
+      shards=self._shards,
       # Almost always every document has the same context (BOS): then no array is stored.
       context=contexts.pop() if len(contexts) == 1 else self._array("context.npy", self._contexts),
     )  # fmt: skip
@@ -279,15 +287,14 @@ class Quarantine:
       if (shard, record) in self._seen:
         return
       self._seen.add((shard, record))
-      self.entries.append(
-        dict(shard=shard, record=record, documents=documents, tokens=tokens, reason=reason)
-      )
+      self.entries.append(dict(shard=shard, record=record, documents=documents, tokens=tokens, reason=reason))
     what = f"{self._where}/{shard}" + ("" if record is None else f", record {record}")
     _LOG.warning("quarantined: %s (%d documents, %d tokens): %s", what, documents, tokens, reason)
     if self.tokens > self._limit * self._total:
       raise DataError(
         f"{what}: {reason}. {self.tokens} of {self._total} tokens are unreadable, more than "
-        f"max_quarantined={self._limit} of them; restore the file, or raise data.max_quarantined to go on without"
+        f"max_quarantined={self._limit} of them; restore the file, or raise data.max_quarantined to go on "
+        f"without"
       )
 
 
@@ -385,11 +392,15 @@ class Dataset:
       for i, j in zip(at.tolist(), back.tolist()):
         out[i] = records[j]
     blank = bytes(HEADER.itemsize)
-    heads = np.frombuffer(b"".join([blank if r is None else r[: HEADER.itemsize] for r in out]), HEADER).copy()
+    heads = np.frombuffer(
+      b"".join([blank if r is None else r[: HEADER.itemsize] for r in out]), HEADER
+    ).copy()
     good = np.fromiter((r is not None for r in out), bool, len(out))
     wrong = good & ((heads["magic"] != MAGIC) | (heads["tokens"] != self.lengths[docs]))
     for i in np.flatnonzero(wrong):
-      self._drop(int(shard_of[i]), int(docs[i]), f"{heads['tokens'][i]} tokens, expected {self.lengths[docs[i]]}")
+      self._drop(
+        int(shard_of[i]), int(docs[i]), f"{heads['tokens'][i]} tokens, expected {self.lengths[docs[i]]}"
+      )
       out[i] = None
       heads[i] = 0
     return out, heads
@@ -431,5 +442,7 @@ def read_manifest(path: str) -> dict:
   if manifest.get("format") != FORMAT:
     raise DataError(f"{name}: format {manifest.get('format')!r}, expected {FORMAT!r}; prepare the data again")
   if (got := json_digest(manifest)) != manifest.get("xxh3"):
-    raise DataError(f"{name}: xxh3 {got}, expected {manifest.get('xxh3')}: the manifest was edited; restore it")
+    raise DataError(
+      f"{name}: xxh3 {got}, expected {manifest.get('xxh3')}: the manifest was edited; restore it"
+    )
   return manifest

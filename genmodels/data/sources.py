@@ -2,8 +2,8 @@
 
 Legend: P pieces asked for · T their tokens, one piece after another · A position axes · K codes per position.
 
-A source has `lengths`, `context`, `prefix`, `digest` (what the plan needs), `side` {name: (shape, dtype, fill)}
-(tables per document, the same in every batch) and `fetch(document, start, length)`.
+A source has `lengths`, `context`, `prefix`, `digest` (what the plan needs), `side` {name: (shape, dtype,
+fill)} (tables per document, the same in every batch) and `fetch(document, start, length)`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import numpy as np
 import xxhash
 
+from genmodels.data import packing, records, tokenizers
 from genmodels.data import plan as plans
-from genmodels.data import records, tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RecordSource:
     first = records.HEADER.itemsize + extras + start * width
     good = np.fromiter((r is not None for r in raw), bool, len(raw))
     chunks = [
-      bytes((b - a)) if r is None else r[a:b]
+      bytes(b - a) if r is None else r[a:b]
       for r, a, b in zip(raw, first.tolist(), (first + length * width).tolist())
     ]
     tokens = np.frombuffer(b"".join(chunks), self.data.dtype)
@@ -132,7 +132,9 @@ class ArraySource:
     )  # fmt: skip
 
 
-def assemble(plan: plans.Plan, sources: list, rows: plans.Rows, *, pad: int, axes: int) -> dict[str, np.ndarray]:
+def assemble(
+  plan: plans.Plan, sources: list, rows: plans.Rows, *, pad: int, axes: int
+) -> dict[str, np.ndarray]:
   """The arrays of a batch for planned rows (b of them), as the batch contract states.
 
   Args:
@@ -295,7 +297,7 @@ def digits(form: str, *, bos: bool, length: int, axes: int, heldout: float) -> d
     patches = pixels.reshape(n, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(n, 16, 4)
     side["features"] = (patches / 8 - 1).astype(np.float32)
   out = {}
-  held = plans.hash64(np.arange(n), 0x64696769) < np.uint64(int(heldout * 2**64))
+  held = packing.hash64(np.arange(n), 0x64696769) < np.uint64(int(heldout * 2**64))
   for name, keep in (("train", ~held), ("heldout", held)):
     out[name] = ArraySource(tokens[keep], {k: v[keep] for k, v in side.items()}, **options)
   return out

@@ -87,8 +87,8 @@ class FileTokenizer:
     self.hash = xxhash.xxh3_64_hexdigest((self._json + json.dumps(self.specials, sort_keys=True)).encode())
     decoder = json.loads(self._json).get("decoder") or {}
     self._byte_level = "ByteLevel" in json.dumps(decoder)
-    # Byte-level vocabularies name each byte by one character: counts are exact. Others are counted by their text.
-    self.exact_bytes = self._byte_level
+    # Byte-level vocabularies name each byte by one character: counts are exact. Others are counted by their
+    # text. self.exact_bytes = self._byte_level
 
   @classmethod
   def from_file(cls, path: str, specials: dict[str, str] | None = None) -> FileTokenizer:
@@ -129,7 +129,8 @@ class FileTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
-  """A byte-level BPE of `vocab_size` ids (Sennrich et al. 2016, arXiv:1508.07909), the four specials included.
+  """A byte-level BPE of `vocab_size` ids (Sennrich et al. 2016, arXiv:1508.07909), the four specials
+  included.
 
   Raises ValueError if vocab_size leaves no room for the 256 bytes and the specials.
   """
@@ -156,7 +157,9 @@ def load(name: str, specials: dict[str, str] | None = None) -> ByteTokenizer | F
     return ByteTokenizer()
   path = os.path.join(name, FILE) if os.path.isdir(name) else name
   if not os.path.isfile(path):
-    raise ValueError(f"tokenizer {name!r}: expected 'byte', a tokenizer.json or a directory with one; {path} is missing")
+    raise ValueError(
+      f"tokenizer {name!r}: expected 'byte', a tokenizer.json or a directory with one; {path} is missing"
+    )
   with open(path) as f:
     tree = json.load(f)
   if tree.get("genmodels") == "byte":

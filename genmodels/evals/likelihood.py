@@ -1,9 +1,9 @@
-"""Held-out likelihood: exact for autoregressive models, a bound with exact counts for diffusion.
+"""Likelihood: exact for next-token and next-scale models, an unbiased bound for diffusion.
 
-One estimator for the periodic evaluation of a run and for `genmodels eval`: for every document R draws of
-the bound, stratified over the number of masked tokens (draw r of R; language.md §0.3 of the specs, LLaDA
-2502.09992 eq. 6), with noise keyed by (seed, example, r) and a fixed tag instead of the step. Two models
-evaluated with the same seed and R see the same masks, so their difference has little variance.
+One estimator for the evaluations of a training run, for `genmodels eval` and for sweeps:
+`objective.bound` masks exactly k tokens of a unit and weights them by n/k, with k stratified over the R
+draws of a document. The draws are keyed by the document and a fixed tag in place of the step, so two
+models, or two steps of one run, meet the same noise: common random numbers.
 
 Legend: B rows · D documents of a row.
 """
@@ -12,126 +12,136 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Iterable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from genmodels import system
-from genmodels.parallel import multihost, rules
+from genmodels.config import ConfigError
+from genmodels.contracts import CLEAN, Row
+from genmodels.parallel import rules
+from genmodels.parallel.rules import current_mesh
 from genmodels.step import bind
 
-METRIC = "nats_per_token"
 
+@dataclasses.dataclass
+class Tally:
+  """Sums per document, in float64 on the host.
 
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """Section `eval`.
-
-  Fields:
-    every: training steps between evaluations (and one at the end); 0 never evaluates.
-    documents: held-out documents, rounded up to whole batches; 0 takes all.
-    draws: R, draws of the bound per document. An autoregressive likelihood is exact and takes one.
-    batch_size: rows of an evaluation batch; 0 takes the training batch.
+  `add` one batch after the other, `report` the ratios.
   """
 
-  every: int = 0
-  documents: int = 256
-  draws: int = 16
-  batch_size: int = 0
+  nll: list = dataclasses.field(default_factory=list)  # mean over draws, nats
+  spread: list = dataclasses.field(default_factory=list)  # variance of that mean, nats²
+  tokens: list = dataclasses.field(default_factory=list)
+  size: list = dataclasses.field(default_factory=list)  # bytes
 
-  def __post_init__(self):
-    if self.draws < 1:
-      raise ValueError(f"draws is {self.draws}; it must be at least 1")
+  def add(self, draws: np.ndarray, tokens: np.ndarray, size: np.ndarray | None = None) -> None:
+    """Adds documents.
+
+    Args:
+      draws: [R, n] nats. tokens: [n] predicted tokens; documents without any are left out.
+      size: [n] bytes of the predicted tokens, or None.
+    """
+    keep = tokens > 0
+    draws = np.asarray(draws, np.float64)[:, keep]
+    self.nll.append(draws.mean(0))
+    R = len(draws)
+    self.spread.append(draws.var(0, ddof=1) / R if R > 1 else np.zeros(draws.shape[1]))
+    self.tokens.append(np.asarray(tokens, np.float64)[keep])
+    self.size.append(np.asarray(np.zeros_like(tokens) if size is None else size, np.float64)[keep])
+
+  @property
+  def documents(self) -> int:
+    return sum(map(len, self.nll))
+
+  def report(self) -> dict:
+    """The result.
+
+    Returns:
+      nats_per_token, bits_per_token, bits_per_byte (None without bytes), perplexity; stderr: of bits_per_token
+      over documents (they are a sample of all documents); stderr_draws: the part of it that is due to the
+      finite number of draws, 0 for an exact likelihood; documents, tokens, bytes.
+
+    Raises:
+      ValueError: no document has a predicted token.
+    """
+    nll, spread, n, size = (np.concatenate(x) if x else np.zeros(0) for x in (self.nll, self.spread, self.tokens, self.size))
+    total, tokens, count = nll.sum(), n.sum(), len(nll)
+    if not tokens:
+      raise ValueError("no document has a predicted token: is the held-out set empty?")
+    ratio = total / tokens
+    bits = 1 / math.log(2)
+    over = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens if count > 1 else math.nan
+    return {
+      "nats_per_token": ratio,
+      "bits_per_token": ratio * bits,
+      "bits_per_byte": total * bits / size.sum() if size.sum() else None,
+      "perplexity": math.exp(ratio) if ratio < 700 else math.inf,
+      "stderr": over * bits,
+      "stderr_draws": math.sqrt(spread.sum()) / tokens * bits,
+      "documents": count,
+      "tokens": int(tokens),
+      "bytes": int(size.sum()),
+    }
 
 
-class Evaluator:
-  """Evaluates trees on held-out data; compiled once.
+class Likelihood:
+  """likelihood(trees, row, key) → (nats float64[R, B·D], tokens float64[B·D]); one compiled program.
 
   Args:
-    cfg: see EvalConfig.
-    parts: the system.
-    mesh: batches are laid over it as in training.
-    key: the key of the noise.
-    batches: batch dicts instead of the held-out set (a user's file), all rows of each.
+    objective: at the block size to evaluate (sampling.at_step).
+    fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}, as the training step takes them.
+    latent: the bound latent or None.
+    draws: R.
   """
 
-  def __init__(self, cfg: EvalConfig, parts: system.System, mesh, key, batches: Iterable[dict] | None = None):
-    self.cfg, self.parts, self.mesh, self.key = cfg, parts, mesh, key
-    self.batch_size = cfg.batch_size or int(parts.cfg.batch_size)
-    self._batches = batches
-    self._bound = jax.jit(self._one)
+  def __init__(self, objective, fns: Mapping[str, Callable], latent: Any = None, draws: int = 16):
+    check(objective)
+    self.objective, self.fns, self.latent = objective, fns, latent
+    self.draws = draws if objective.layout.noisy else 1  # nothing is hit: the likelihood is exact
+    mesh = current_mesh()
+    out = rules.replicated(mesh) if mesh is not None else None
+    self._one = jax.jit(self._bound, out_shardings=out)
 
   @property
   def exact(self) -> bool:
-    """Whether the likelihood is exact and one draw is enough."""
-    return not self.parts.objective.layout.noisy
+    return not self.objective.layout.noisy
 
-  @property
-  def draws(self) -> int:
-    return 1 if self.exact else self.cfg.draws
+  def _bound(self, trees, row, key, r):
+    nets = bind(self.fns, trees, self.latent, player="")
+    return self.objective.bound(nets, row, key, r, self.draws)
 
-  def _one(self, trees, row, key, r):
-    nets = bind(self.parts.fns, trees, self.parts.latent, player="")
-    return self.parts.objective.bound(nets, row, key, r, self.draws)
-
-  def rows(self):
-    """(batch dict of this process, bytes int64[b, D]) until enough documents are seen."""
-    if self._batches is not None:
-      for batch in self._batches:
-        yield batch, self.parts.data.bytes_of(batch)
-      return
-    data = self.parts.data.heldout(self.batch_size)
-    ranges = multihost.row_ranges(rules.row_sharding(self.mesh), self.batch_size)
-    seen = 0
-    for step in range(data.plan.steps):
-      whole = data.batch(step)
-      seen += _documents(whole)
-      batch = data.batch(step, ranges) if jax.process_count() > 1 else whole
-      yield batch, data.bytes_of(whole)
-      if self.cfg.documents and seen >= self.cfg.documents:
-        return
-
-  def __call__(self, trees: dict) -> dict[str, Any]:
-    """The likelihood of the trees.
-
-    Returns:
-      "nats_per_token", "bits_per_token", "bits_per_byte" (absent where data have no bytes), "stderr"
-      (of nats_per_token, over documents), "documents", "tokens", "bytes", "draws", "exact".
-    """
-    nll, tokens, bytes_ = [], [], 0
-    with rules.use_mesh(self.mesh):
-      for batch, size in self.rows():
-        b = size.shape[0]
-        row = system.row_of(multihost.global_batch(batch, self.mesh, b))
-        total = 0.0
-        for r in range(self.draws):
-          got, count = self._bound(trees, row, self.key, np.int32(r))
-          total = total + got
-        total, count = (np.asarray(multihost.fetch(x), np.float64) for x in (total, count))
-        nll.append(total.ravel() / self.draws)
-        tokens.append(count.ravel())
-        bytes_ += int(size.sum())
-    nll, tokens = np.concatenate(nll), np.concatenate(tokens)
-    keep = tokens > 0
-    nll, tokens = nll[keep], tokens[keep]
-    mean = nll.sum() / tokens.sum()
-    # Of a ratio of sums over documents (delta method).
-    spread = nll - mean * tokens
-    stderr = math.sqrt((spread**2).sum() / max(len(nll) - 1, 1) * len(nll)) / tokens.sum()
-    out = {
-      "nats_per_token": float(mean),
-      "bits_per_token": float(mean / math.log(2)),
-      "stderr": float(stderr),
-      "documents": int(len(nll)),
-      "tokens": int(tokens.sum()),
-      "draws": self.draws,
-      "exact": self.exact,
-    }
-    if bytes_:
-      out |= {"bits_per_byte": float(nll.sum() / math.log(2) / bytes_), "bytes": bytes_}
-    return out
+  def __call__(self, trees, row: Row, key) -> tuple[np.ndarray, np.ndarray]:
+    # All draws are dispatched before the first is fetched.
+    out = [self._one(trees, row, key, np.int32(r)) for r in range(self.draws)]
+    out = jax.device_get(out)
+    nll = np.stack([np.asarray(n, np.float64).reshape(-1) for n, _ in out])
+    return nll, np.asarray(out[0][1], np.float64).reshape(-1)
 
 
-def _documents(batch: dict) -> int:
-  return int(sum(len(np.unique(d[d >= 0])) for d in batch["doc"]))
+def check(objective) -> None:
+  """Raises ConfigError if the sum is no likelihood bound."""
+  term = objective.terms[objective.likelihood]
+  if term.stream != CLEAN and term.align == "shift" and not objective.corruption.blocks.whole:
+    raise ConfigError(
+      "no likelihood: the first token of a block is read from a noisy slot of the block before, which no "
+      "factorisation allows", key=f"objective.terms.{objective.likelihood}.align", value="shift",
+      fix="align='shift_clean_boundary', or objective.likelihood=<another term>",
+    )  # fmt: skip
+
+
+def notes(objective) -> list[str]:
+  """What a reader of the number must know."""
+  out = []
+  corruption = objective.corruption
+  band = getattr(corruption, "band", None)
+  if band is not None and (band[0].max(), band[1].min()) != (0.0, 1.0):
+    lo, hi = (b.to_json() for b in band)
+    out.append(f"trained on clipped noise levels [{lo}, {hi}]; the bound here is unclipped, so it is a bound")
+  if objective.reproduction:
+    out.append(  # as objectives.laws words it
+      "reproduction: the training loss is not a likelihood bound; reported likelihoods use the exact one"
+    )
+  return out

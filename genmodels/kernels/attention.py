@@ -134,7 +134,8 @@ def _check(q, k, v, mask):
   if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
     raise ValueError(f"attention: k and v must share [B, Lk, Hk], q and k B and D; got {shapes}")
   if q.shape[2] % k.shape[2]:
-    raise ValueError(f"attention: {q.shape[2]} query heads are no multiple of {k.shape[2]} key heads; {shapes}")
+    heads = f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key heads"
+    raise ValueError(f"attention: {heads}; {shapes}")
   if (q.shape[1], k.shape[1]) != lengths:
     raise ValueError(f"attention: the mask speaks of (Lq, Lk) = {lengths}, got {shapes}")
   if mask.code.shape[0] not in (1, q.shape[0]):

@@ -117,7 +117,7 @@ def _backward(options, residuals, cotangents):
       ds = (ds if slope is None else ds * slope).astype(q.dtype)
       dv = dv + _dot("rhxj,rhxd->rhjd", p.astype(g.dtype), g)
       dk = dk + _dot("rhxj,rhxd->rhjd", ds, q)
-      dq = dq.at[i].add(_dot("rhxj,rhjd->rhxd", ds, k), mode="promise_in_bounds")
+      dq = jax.lax.dynamic_update_index_in_dim(dq, dq[i] + _dot("rhxj,rhjd->rhxd", ds, k), i, 0)
       return dk, dv, dq
 
     init = jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32), dq

@@ -4,6 +4,7 @@ The only package (with latents/) that knows flax; outside of it parameters are n
 See docs/models.md.
 """
 
+from genmodels.models import lora
 from genmodels.models.accounting import attention_sizes, head_paths
 from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
 from genmodels.models.config import (
@@ -19,6 +20,7 @@ from genmodels.models.config import (
   layer_index,
   layer_path,
 )
+from genmodels.models.debugging import debug
 from genmodels.models.model import Model, build, count
 
 __all__ = [
@@ -37,11 +39,13 @@ __all__ = [
   "build",
   "count",
   "crop_cache",
+  "debug",
   "fork_cache",
   "head_paths",
   "init_cache",
   "layer_index",
   "layer_path",
+  "lora",
   "relabel_cache",
   "write_cache",
 ]

@@ -57,32 +57,53 @@ class Categorical:
     Returns:
       fn's pytree with leaves [B, M, …], zero where invalid.
     """
+    return self._map(lambda _, logits, *xs: fn(logits, *xs), xs)
+
+  def cross_entropy(self, other: Categorical) -> Array:
+    """float32[B, M]: −Σ_v q(v) ln p(v) of this p against another q over the same classes (a teacher's).
+
+    Both logits exist one chunk at a time; gradients flow to both unless one is stopped.
+    """
+
+    def fn(weight, logits, hidden):
+      q = jax.nn.softmax(other._logits(project(weight[0], hidden, other.head.tied), weight[1]), -1)
+      logp = jax.nn.log_softmax(logits, -1)
+      return -jnp.where(q > 0, q * jnp.where(q > 0, logp, 0), 0).sum(-1)
+
+    return self._map(fn, (other.hidden,), (other.weight, other.bias))
+
+  def _map(self, fn, xs, replicated=()):
+    """`map` of fn(replicated, logits, *xs): `replicated` arrays are gathered whole beside the weight."""
     B, M = self.valid.shape
     xs, tree = jax.tree.flatten(xs)
 
     def logits_of(weight, hidden):
       return self._logits(project(weight[0], hidden, self.head.tied), weight[1])
 
-    def local(hidden, weight, valid, xs):
+    def local(hidden, weight, replicated, valid, xs):
       b, m = valid.shape
       flat = lambda x: x.reshape(b * m, *x.shape[2:])
       out = chunked_map(
         flat(hidden),
         weight,
         flat(valid),
-        lambda logits, *xs: fn(logits, *jax.tree.unflatten(tree, xs)),
+        lambda logits, *xs: fn(replicated, logits, *jax.tree.unflatten(tree, xs)),
         [flat(x) for x in xs],
         chunk=self.head.chunk,
         logits_fn=logits_of,
       )
       return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), out)
 
-    args = self.hidden, (self.weight, self.bias), self.valid, xs
+    args = self.hidden, (self.weight, self.bias), replicated, self.valid, xs
     mesh = attend.active_mesh()
     if mesh is None:
       return local(*args)
     rows = P(attend.split(mesh, BATCH_AXES, B), attend.split(mesh, ("context", "tensor"), M))
-    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=rows)(*args)
+    # Unchecked: with varying types, the gradient of what fn closes over (or of `replicated`) would be
+    # summed over devices inside the loop over chunks, whose length differs from device to device. This
+    # way it is summed once, outside.
+    specs = (rows, P(), P(), rows, rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*args)
 
   def _logits(self, raw, bias):
     """Bias, soft cap, forbidden classes; the vocabulary's padding is cut off."""

@@ -69,7 +69,7 @@ class Model:
 
     Returns:
       Outputs with a Dist for each target; `new` (with a cache) for `write_cache`; `work`
-      {"slots": int32, "pairs": {pattern: int32[B or 1, S]}}; `layers` {"hidden": [B, S, D]}.
+      {"slots": int32, "pairs": {pattern: int32[B, S]}}; `layers` {"hidden": [B, S, D]}.
 
     Raises:
       ValueError: inputs that do not fit the configuration, by name and shape.
@@ -105,8 +105,8 @@ def build(section: Any, latent: Any = None) -> Model:
   Args:
     section: fields of TrunkConfig; `preset` names one of `presets.PRESETS`, whose fields the other keys
       override.
-    latent: what the tokens carry. Its attributes `vocab` and `features`, where it has them, fill the
-      fields of that name that the section leaves out.
+    latent: what the tokens carry, or None. Its `meta` {field: value} fills fields that the section
+      leaves out.
 
   Raises:
     ConfigError: unknown key, wrong type or broken law.
@@ -119,10 +119,7 @@ def build(section: Any, latent: Any = None) -> Model:
   section = dict(plain(section))
   if "preset" in section:
     section = {**preset(section.pop("preset")), **section}
-  for name in ("vocab", "features"):
-    if name not in section and getattr(latent, name, None) is not None:
-      section[name] = int(getattr(latent, name))
-  return Model(from_section(section))
+  return Model(from_section({**getattr(latent, "meta", {}), **section}))
 
 
 def count(tree: Any) -> int:

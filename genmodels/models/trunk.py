@@ -265,7 +265,7 @@ class Trunk(nn.Module):
       return ctx, None
     masks = {p: inputs.masks[p] for p in cfg.patterns}
     ctx["plans"] = attend.plans(masks, B)
-    pairs = {p: m.pairs() for p, m in masks.items()}
+    pairs = {p: jnp.broadcast_to(m.pairs(), inputs.doc.shape) for p, m in masks.items()}
     if cache is not None:
       wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
       past = {p: AttnMask(cache.code[p], wide(m.lo), wide(m.hi)) for p, m in masks.items()}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from genmodels import config, corruption, layouts, metrics, rows
-from genmodels.config import Schedule
+from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
 from genmodels.objectives import relations
@@ -102,9 +102,9 @@ class Objective:
   Fields:
     corruption, layout: config sections with a `kind`, or built objects.
     masks: {pattern: rule}, see relations.table.
-    terms: {name: Term}; the first one is the one that samplers decode with.
-    likelihood: name of the term whose sum under `bound` draws is the reported likelihood
-      (default: the first term).
+    terms: {name: Term}.
+    likelihood: name of the term whose sum under `bound` draws is the reported likelihood, and with which
+      samplers decode; to be named where there are several.
     mask_id: id of the absorbing state; −1 takes it from the data's tokenizer.
     reproduction: permits a weight that is not the corruption's true marginal; every report says so.
   """
@@ -124,7 +124,13 @@ class Objective:
     terms = {k: v if isinstance(v, Term) else config.build(Term, v, f"terms.{k}") for k, v in self.terms.items()}
     put("terms", terms)
     put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
-    put("likelihood", self.likelihood or next(iter(terms)))
+    if len(terms) == 1:
+      put("likelihood", self.likelihood or next(iter(terms)))
+    if not self.likelihood:
+      raise ConfigError(
+        f"several terms ({', '.join(terms)}) and nobody says which one is reported and decoded with",
+        key="likelihood", value="", fix=f"likelihood={next(iter(terms))!r}",
+      )  # fmt: skip
     if self.likelihood not in terms:
       raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
     for name, t in terms.items():
@@ -336,7 +342,7 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
   objective = config.build_kind(registry(), section, "objective")
   if objective.mask_id < 0 and objective.layout.noisy:
     if not meta or meta.get("mask_id", -1) < 0:
-      raise config.ConfigError(
+      raise ConfigError(
         "the layout has a noisy stream but nobody names a mask id",
         key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
       )  # fmt: skip

@@ -48,13 +48,14 @@ class BlockDistill(Objective):
     taught = jax.lax.stop_gradient(nets[self.teacher](dataclasses.replace(inputs, masks=seen), targets))
     student = nets["model"](inputs, targets)
 
-    sums, aux = {}, {"per_token": {}, "ratios": {}}
+    sums, aux = {}, {"per_token": {}, "ratios": {}, "weighted_kl": {}}
     for name, t in targets.items():
       cross = student.dists[name].cross_entropy(taught.dists[name])
       entropy = taught.dists[name].entropy()
       asked = (t.weight > 0).astype(jnp.float32)
       aux["per_token"][name] = t.weight * cross
       aux["ratios"][f"kl/{name}"] = (jnp.sum(asked * (cross - entropy)), jnp.sum(asked))
+      aux["weighted_kl"][name] = jnp.sum(t.weight * (cross - entropy))
       sums[name] = jnp.sum(t.weight * cross)
     aux["work"] = {"model": work(student, targets), self.teacher: work(taught, targets)}
     return sums, denominators, aux

@@ -78,8 +78,10 @@ class SamplerConfig:
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
-    term: the term whose head decodes; "" is the first.
-    length: tokens of a generated row, prompt included, where the caller does not say.
+    term: the term whose head decodes; "" is the one of the likelihood.
+    length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
+
+  `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
   """
 
   quota: Any = dataclasses.field(default_factory=lambda: {"kind": "threshold"})
@@ -90,19 +92,22 @@ class SamplerConfig:
   sub_block: int = 0
   block: int = 0
   cache: str = "auto"
-  guidance: Guidance = Guidance()
+  guidance: Any = dataclasses.field(default_factory=dict)
   eos: int = -1
   forbid: tuple[int, ...] = ()
   term: str = ""
-  length: int = 256
+  length: int = 0
 
   def __post_init__(self):
-    object.__setattr__(self, "quota", config.build_kind(quota.REGISTRY, self.quota, "quota"))
+    section = {"kind": self.quota} if isinstance(self.quota, str) else self.quota
+    object.__setattr__(self, "quota", config.build_kind(quota.REGISTRY, section, "quota"))
+    section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
+    object.__setattr__(self, "guidance", config.build(Guidance, section, "guidance"))
     if self.temperature < 0:
       raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p is {self.top_p}; expected a mass in (0, 1]")
-    for name in ("top_k", "sub_block", "block"):
+    for name in ("top_k", "sub_block", "block", "length"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name} is {getattr(self, name)}; 0 turns it off")
 
@@ -147,7 +152,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     warnings.warn(
       f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}", stacklevel=2
     )
-  name = cfg.term or next(iter(objective.terms))
+  name = cfg.term or objective.likelihood
   if name not in objective.terms:
     raise ConfigError("no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}")
   term = objective.terms[name]

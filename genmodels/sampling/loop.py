@@ -23,6 +23,7 @@ Legend: B rows · N tokens of a row · W tokens of a unit that are asked for · 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ from genmodels.contracts import CONTEXT, TEXT, Array, Noise, Row, Target, pytree
 from genmodels.corruption.absorb import block_ordinals
 from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
+from genmodels.parallel import rules
+from genmodels.parallel.rules import current_mesh
 from genmodels.sampling import draw
 from genmodels.sampling.quota import Unit
 
@@ -162,7 +165,7 @@ class Sampler:
   quota: Any
 
   def __post_init__(self):
-    object.__setattr__(self, "_jitted", jax.jit(self.run, static_argnames=("prefill",)))
+    object.__setattr__(self, "_jitted", {})
 
   # -- the public call ------------------------------------------------------------------------------
 
@@ -182,7 +185,15 @@ class Sampler:
     self.check(row)
     if prefill is None:
       prefill = self.prefill_width(row)
-    return self._jitted(params, row, key, prefill=prefill)
+    # On a mesh rows are spread as a training batch is, and every process gets the whole result.
+    mesh = current_mesh()
+    if mesh not in self._jitted:
+      out = None if mesh is None else rules.replicated(mesh)
+      self._jitted[mesh] = jax.jit(self.run, static_argnames=("prefill",), out_shardings=out)
+    if mesh is not None:
+      fits = row.tokens.shape[0] % math.prod(mesh.shape[a] for a in rules.BATCH_AXES) == 0
+      row = jax.device_put(row, rules.row_sharding(mesh) if fits else rules.replicated(mesh))
+    return self._jitted[mesh](params, row, key, prefill=prefill)
 
   def check(self, row: Row) -> None:
     """Raises ValueError for rows that this sampler cannot generate."""
@@ -201,7 +212,7 @@ class Sampler:
     """The first call's width for concrete rows: 0, or a power of two (at most N)."""
     if not self.policy.stores:
       return 0
-    most = int(np.max(np.asarray(self.start_cursor(row))))
+    most = int(jnp.max(jax.jit(self.start_cursor)(row)))
     return min(1 << (most - 1).bit_length(), row.tokens.shape[1]) if most else 0
 
   # -- geometry -------------------------------------------------------------------------------------

@@ -126,15 +126,26 @@ def test_same_on_every_mesh():
   assert verify.digest(changed)["w"] != want["w"] and verify.digest(changed)["b"] == want["b"]
 
 
-def test_large_leaves_use_their_whole_index():
+def test_large_leaves_use_their_whole_index(monkeypatch):
   # 94 layers × 128 experts × 4096 × 1536: the linear index has 37 bits.
   plan = verify.strides((94, 128, 4096, 1536))
   assert plan == [(1, 1), (0, 4096 * 1536), (0, 1536), (0, 1)]
   assert max(s for _, s in plan) < 2**32
   assert verify.strides((1 << 16, 1 << 16)) == [(0, 1 << 16), (0, 1)]
-  # Same low part, other high part → other coefficients (a small shape, split by hand).
-  c = np.asarray(verify.coefficients((4, 4), 1))
-  assert len(set(c.reshape(-1).tolist())) == 16 and (c % 2 == 1).all()
+  # Same low part, other high part → other coefficients (the split forced on a small shape).
+  monkeypatch.setattr(verify, "strides", lambda shape: [(1, 1), (0, 1)])
+  for c in verify.coefficients((64, 64)):
+    c = np.asarray(c).reshape(-1)
+    assert (c % 2 == 1).all() and len(set(c.tolist())) == c.size
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (5,), (), (2, 3, 4, 5)])
+def test_sums_against_64_bit_integers(shape):
+  x = sample("float32", shape)
+  c1, c2 = (np.asarray(c).astype(np.uint64) for c in verify.coefficients(shape))
+  w = x.view(np.uint32).astype(np.uint64)
+  rot = ((w << np.uint64(16)) | (w >> np.uint64(16))) & np.uint64(0xFFFFFFFF)
+  assert one(x) == (int((w * c1).sum()) % 2**32, int((rot * c2).sum()) % 2**32)
 
 
 def test_seal():

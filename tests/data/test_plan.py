@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from genmodels.data import packing
 from genmodels.data import plan as plans
 from genmodels.data.records import DataError
 
@@ -22,9 +23,7 @@ def make(components=None, **kw):
 
 
 def same(a, b):
-  return all(
-    np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(plans.Rows)
-  )
+  return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(plans.Rows))
 
 
 def fields(rows):
@@ -36,8 +35,8 @@ def fields(rows):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 255, 1000])
 def test_permute_is_a_permutation_and_depends_on_the_key(n):
-  keys = [plans.hash64(k) for k in range(20)]
-  out = [plans.permute(np.arange(n), n, k) for k in keys]
+  keys = [packing.hash64(k) for k in range(20)]
+  out = [packing.permute(np.arange(n), n, k) for k in keys]
   for p in out:
     assert np.array_equal(np.sort(p), np.arange(n))
   if n >= 10:
@@ -45,17 +44,20 @@ def test_permute_is_a_permutation_and_depends_on_the_key(n):
 
 
 def test_permute_takes_a_key_for_each_element_and_large_sizes():
-  n, keys = 1000, plans.hash64(np.arange(3))
-  whole = plans.permute(np.tile(np.arange(n), 3), n, np.repeat(keys, n))
-  each = np.concatenate([plans.permute(np.arange(n), n, k) for k in keys])
+  n, keys = 1000, packing.hash64(np.arange(3))
+  whole = packing.permute(np.tile(np.arange(n), 3), n, np.repeat(keys, n))
+  each = np.concatenate([packing.permute(np.arange(n), n, k) for k in keys])
   assert np.array_equal(whole, each)
-  big = plans.permute(np.arange(1 << 20, (1 << 20) + 1000), 1 << 40, keys[0])
+  big = packing.permute(np.arange(1 << 20, (1 << 20) + 1000), 1 << 40, keys[0])
   assert len(np.unique(big)) == 1000 and 0 <= big.min() and big.max() < 1 << 40
 
 
 def _quality(order, classes=16, batch=64):
-  """Of an order of a sorted source: largest normalised autocorrelation of the index over 100 lags, and how far
-  the mean and the spread of the per-batch entropy of its class lie from those of true random orders."""
+  """How far an order of a sorted source is from a random one.
+
+  Returns: the largest normalised autocorrelation of the index over 100 lags; by how many standard deviations
+    the mean and the spread of the per-batch entropy of its class differ from those of true random orders.
+  """
   n = len(order)
   x = (order - order.mean()) / order.std()
   auto = max(abs(np.mean(x[:-lag] * x[lag:])) for lag in range(1, 101)) * np.sqrt(n)
@@ -97,11 +99,15 @@ def test_shuffle_quality_on_a_sorted_source():
 
 def test_packing_never_exceeds_a_budget_and_reports_fill():
   rng = np.random.default_rng(0)
-  for trial in range(20):
+  for _ in range(20):
     n, D = int(rng.integers(1, 400)), int(rng.integers(1, 12))
-    sizes = {"a": rng.integers(1, 65, n), "b": rng.integers(0, 49, n), "c": -(-rng.integers(1, 33, n) // 8) * 8}
+    sizes = {
+      "a": rng.integers(1, 65, n),
+      "b": rng.integers(0, 49, n),
+      "c": -(-rng.integers(1, 33, n) // 8) * 8,
+    }
     room = {"a": 64, "b": 48, "c": 40}
-    row, count = plans.pack(sizes, room, D)
+    row, count = packing.pack(sizes, room, D)
     for name, size in sizes.items():
       assert np.bincount(row, size, minlength=count).max() <= room[name]
     assert np.bincount(row).max() <= D and np.bincount(row, minlength=count).min() >= 1
@@ -109,8 +115,8 @@ def test_packing_never_exceeds_a_budget_and_reports_fill():
 
 def test_best_fit_fills_rows():
   sizes = {"tokens": np.clip(np.random.default_rng(0).lognormal(4, 1, 20_000), 1, 1024).astype(np.int64)}
-  _, best = plans.pack(sizes, {"tokens": 1024}, 1024)
-  _, capped = plans.pack(sizes, {"tokens": 1024}, 4)
+  _, best = packing.pack(sizes, {"tokens": 1024}, 1024)
+  _, capped = packing.pack(sizes, {"tokens": 1024}, 4)
   fill = sizes["tokens"].sum() / (best * 1024)
   assert fill > 0.999
   assert capped > 1.2 * best  # negative control: the document capacity is what costs rows
@@ -118,7 +124,7 @@ def test_best_fit_fills_rows():
 
 def test_a_piece_that_fits_no_row_is_named():
   with pytest.raises(DataError, match="costs 9 of budget 'copy', a row has 8"):
-    plans.pack({"tokens": np.array([4, 5]), "copy": np.array([9, 1])}, {"tokens": 8, "copy": 8}, 4)
+    packing.pack({"tokens": np.array([4, 5]), "copy": np.array([9, 1])}, {"tokens": 8, "copy": 8}, 4)
 
 
 def cost(lengths, mode):
@@ -195,7 +201,8 @@ def test_coverage_would_notice_a_missing_overlap(monkeypatch):
 
 def test_epochs_are_shuffled_anew_and_counted():
   plan = make([plans.Component("a", np.full(40, 64, np.uint32))], window=1 << 16)
-  epochs = [[(d, o) for s in range(10 * e, 10 * e + 10) for d, o in zip(plan.batch(s).document, plan.batch(s).occurrence)]
+  epochs = [[(d, o) for s in range(10 * e, 10 * e + 10) for d, o in zip(plan.batch(s).document,
+  plan.batch(s).occurrence)]
             for e in range(3)]  # fmt: skip
   assert plan._epochs_per_window() == 2  # 40 rows are fewer than 64: windows of two epochs
   counts = {}
@@ -238,7 +245,9 @@ def _shares(plan, steps):
 
 
 def _mixture(stages, **kw):
-  return make([component(800, "a", 0, 40), component(500, "b", 1, 64), component(200, "c", 2, 64)], stages=stages, **kw)
+  return make(
+    [component(800, "a", 0, 40), component(500, "b", 1, 64), component(200, "c", 2, 64)], stages=stages, **kw
+  )
 
 
 def test_weights_are_shares_of_tokens():
@@ -261,9 +270,11 @@ def test_a_weight_change_affects_later_steps_only(k):
   assert np.abs(_shares(staged, range(k, k + 300)) - after).max() < 0.02
 
 
-def test_a_weight_change_loses_and_repeats_nothing():
-  plan = _mixture([(0, (1, 1, 1)), (13, (3, 1, 1)), (14, (1, 1, 3)), (60, (1, 1, 1))])
-  drawn = np.concatenate([fields(plan.batch(s)) for s in range(400)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_weight_change_loses_and_repeats_nothing(packed):
+  stages = [(0, (1, 1, 1)), (13, (3, 1, 1)), (14, (1, 1, 3)), (60, (1, 1, 1))]
+  plan = _mixture(stages, packed=packed)
+  drawn = np.concatenate([fields(plan.batch(s)) for s in range(400 if packed else 900)])
   assert len(np.unique(drawn, axis=0)) == len(drawn)
   for c in range(3):
     first = drawn[(drawn[:, 0] == c) & (drawn[:, 3] == 0)]
@@ -271,7 +282,11 @@ def test_a_weight_change_loses_and_repeats_nothing():
 
 
 def test_bad_stages_are_refused():
-  for stages, what in (([(1, (1, 1, 1))], "rise from 0"), ([(0, (1, 1))], "expected 3"), ([(0, (0, 0, 0))], "not all 0")):
+  for stages, what in (
+    ([(1, (1, 1, 1))], "rise from 0"),
+    ([(0, (1, 1))], "expected 3"),
+    ([(0, (0, 0, 0))], "not all 0"),
+  ):
     with pytest.raises(ValueError, match=what):
       _mixture(stages)
 
@@ -326,7 +341,9 @@ def test_artefact_resumes_refuses_other_data_and_keeps_the_past(tmp_path):
   # Later weights may change; earlier steps stay.
   other = _mixture([*stages, (100, (0, 0, 1))])
   other.load(path)
-  assert all(same(other.batch(s), plan.batch(s)) for s in (0, 19, 20, 99)) and set(other.batch(100).component) == {2}
+  assert all(same(other.batch(s), plan.batch(s)) for s in (0, 19, 20, 99)) and set(
+    other.batch(100).component
+  ) == {2}
   assert same(other.batch(300), _mixture([*stages, (100, (0, 0, 1))]).batch(300))
   with pytest.raises(DataError, match="seed: 3 in the artefact, 4 now"):
     _mixture(stages, seed=4).load(path)

@@ -121,10 +121,17 @@ def test_reach_follows_several_layers():
   assert (laws.reach(chain) == np.tri(5, dtype=bool)).all()
 
 
-def _stack_of_layers(table, streams=("n", "c")):
-  """Three random attention layers over the embeddings [S, D] of the streams, stored in turn."""
+def _stack_of_layers(table, streams=("n", "c"), present=None):
+  """Three random attention layers over the embeddings [S, D] of the streams, stored in turn.
+
+  Args:
+    present: bool[S], the slots that take part; all by default.
+  """
   S = L * len(streams)
-  mask = Relations(table, streams).mask(builders.stack(DOC, len(streams), block=BLOCK))
+  slots = builders.stack(DOC, len(streams), block=BLOCK)
+  if present is not None:
+    slots = slots.replace(doc=jnp.where(present, slots.doc, -1))
+  mask = Relations(table, streams).mask(slots)
   weights = 0.5 * jax.random.normal(jax.random.key(0), (3, 4, 16, 16))
 
   @jax.jit
@@ -141,6 +148,17 @@ def _stack_of_layers(table, streams=("n", "c")):
 
 def _embeddings(key=1):
   return jax.random.normal(jax.random.key(key), (2 * L, 16))
+
+
+def test_two_streams_are_a_loop_over_blocks():
+  # T5: each noisy block alone with its clean prefix gives what the joint forward gives.
+  x = _embeddings()
+  joint = _stack_of_layers(SOUND)(x)
+  for b in range(L // BLOCK):
+    mine = TOKENS // BLOCK == b
+    present = np.concatenate([mine, TOKENS < b * BLOCK])
+    alone = _stack_of_layers(SOUND, present=present)(jnp.where(present[:, None], x, 0))
+    np.testing.assert_allclose(joint[:L][mine], alone[:L][mine], atol=1e-5)
 
 
 @pytest.mark.strict

@@ -13,10 +13,6 @@ from . import cases
 FIELDS = dict(lora=dict(rank=3, alpha=6, targets=r"stack/.*/(q|o|down)|heads/.*"))
 
 
-def trained(model, params):
-  return lora.add(params, model.cfg, jax.random.key(1))
-
-
 def test_fresh_adapters_are_the_identity_and_change_no_draw():
   model, base = models.build({**cases.BASE, **FIELDS}), models.build(cases.BASE)
   with_lora, plain = jax.jit(model.init)(jax.random.key(7)), jax.jit(base.init)(jax.random.key(7))
@@ -68,16 +64,8 @@ def test_axes_fit_the_adapters():
 
 def test_adapter_errors():
   model, params = cases.build(**FIELDS)
+  nowhere = models.build({**cases.BASE, "lora": dict(rank=1, targets="nothing")})
   with pytest.raises(ValueError, match="matches no linear site"):
-    lora.add(
-      params,
-      cases.build(lora=dict(rank=1, targets="nothing"))[0].cfg if False else _none(),
-      jax.random.key(0),
-    )
-  base, _ = cases.build()
+    lora.add(params, nowhere.cfg, jax.random.key(0))
   with pytest.raises(ValueError, match="model.lora is None"):
-    base.apply(params, cases.inputs(cases.tokens(1, 4)), {})
-
-
-def _none():
-  return models.TrunkConfig(**cases.BASE, lora=models.Lora(rank=1, targets="nothing"))
+    cases.build()[0].apply(params, cases.inputs(cases.tokens(1, 4)), {})

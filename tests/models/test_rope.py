@@ -1,6 +1,5 @@
 """Rotary embeddings: relative property in several axes, pairings, prefix, scaling."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

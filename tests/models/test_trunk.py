@@ -195,8 +195,8 @@ def test_work_counts_slots_and_pairs():
   x = cases.inputs(cases.tokens(2, 6))
   work = jax.jit(lambda p, x: model.apply(p, x, {}).work)(params, x.replace(doc=x.doc.at[0, 5].set(-1)))
   assert int(work["slots"]) == 11
-  assert work["pairs"]["full"].tolist() == [[1, 2, 3, 4, 5, 6]]
-  assert work["pairs"]["local"].tolist() == [[1, 2, 3, 3, 3, 3]]
+  assert work["pairs"]["full"].tolist() == [[1, 2, 3, 4, 5, 6]] * 2
+  assert work["pairs"]["local"].tolist() == [[1, 2, 3, 3, 3, 3]] * 2
 
 
 def test_errors_name_key_value_and_fix():
@@ -213,3 +213,21 @@ def test_errors_name_key_value_and_fix():
   model, params = cases.build(pattern=[dict(mask="local")])
   with pytest.raises(ValueError, match="lacks .'local'."):
     model.apply(params, cases.inputs(cases.tokens(1, 4), {"full": cases.causal(4)}), {})
+
+
+@pytest.mark.slow
+def test_debug_names_every_layer_and_the_first_non_finite_one():
+  model, params = cases.build(layers=3, pattern=[dict(mask="local"), dict()])
+  ids = cases.tokens(1, 4)
+  x, t = cases.inputs(ids), cases.everywhere(ids)
+  grad = jax.grad(lambda p: model.apply(p, x, t).dists["t"].nll(ids[..., 0]).sum())
+  lines = []
+  with jax.disable_jit(), models.debug(lines.append):
+    grad(params)
+  assert "layer 2 attn/q: float32[1, 4, 4, 4]" in lines
+  assert {f"layer {i}" for i in range(3)} <= {line.split(" attn")[0] for line in lines}
+  leaf = params["stack"]["s0"]["l1"]["mlp"]["up"]["kernel"]
+  params["stack"]["s0"]["l1"]["mlp"]["up"]["kernel"] = leaf.at[0, 3, 3].set(jnp.inf)
+  with pytest.raises(FloatingPointError, match="layer 1 mlp/up.*from finite inputs"):
+    with jax.disable_jit(), models.debug(lambda line: None):
+      grad(params)

@@ -192,6 +192,7 @@ def test_causal_clean_stream_is_the_ar_model():
       "diffusion": {"stream": "n", "align": "shift_clean_boundary", "on": "hit"},
       "ar": {"stream": "c", "align": "shift"},
     },
+    likelihood="diffusion",
     mask_id=MASK,
   )
   np.testing.assert_allclose(np.asarray(loss(obj, row, term="ar")[1]), np.asarray(loss(ar(), row)[1]), atol=1e-5)

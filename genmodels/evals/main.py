@@ -1,0 +1,71 @@
+"""`genmodels eval`: bits per token and per byte of a workdir's model.
+
+  genmodels eval --workdir runs/ar
+  genmodels eval --workdir runs/bd3lm --block 8 --draws 64 --json
+  genmodels eval --workdir runs/ar --file notes.txt
+
+Next-token models report their likelihood, diffusion models an upper bound of the negative log-likelihood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import warnings
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The verb `genmodels eval`."""
+  parser = argparse.ArgumentParser(
+    prog="genmodels eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", required=True, help="folder of a training run")
+  parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
+  parser.add_argument("--file", action="append", default=[], help="a text instead of the held-out set; repeatable")
+  parser.add_argument("--draws", type=int, help="draws of the bound per document (default: eval.draws)")
+  parser.add_argument("--documents", type=int, help="held-out documents, 0 all (default: eval.documents)")
+  parser.add_argument("--block", type=int, default=0, help="block size (default: the trained one)")
+  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  parser.add_argument("overrides", nargs="*", help="key.path=value on the stored config")
+  args = parser.parse_args(argv)
+
+  import jax
+
+  from genmodels import config
+  from genmodels.evals import heldout
+  from genmodels.sampling import at_step
+  from genmodels.sampling.run import load_run
+
+  run = load_run(args.workdir, args.step, args.overrides)
+  section = config.plain(run.cfg.get("eval")) or {}
+  section |= {k: v for k, v in (("draws", args.draws), ("documents", args.documents)) if v is not None}
+  ecfg = config.build(heldout.EvalConfig, section, "eval")
+  evaluator = heldout.Evaluator(ecfg, run.parts, run.mesh, jax.random.key(int(run.cfg.seed)))
+  if args.file:
+    texts = [pathlib.Path(f).read_text(encoding="utf-8") for f in args.file]
+    result = evaluator.of_texts(run.trees, texts, run.step, args.block)
+  else:
+    result = evaluator(run.trees, run.step, args.block)
+  remarks = list(dict.fromkeys([*run.parts.notes, *result.pop("notes")]))
+  trained = at_step(run.parts.objective, run.step)[1]
+  if args.block and args.block != trained:
+    remarks.append(f"evaluated with blocks of {args.block}; trained with {trained or 'whole documents'}")
+    warnings.warn(remarks[-1], stacklevel=1)
+  if jax.process_index():
+    return 0
+  body = {"workdir": str(args.workdir), "step": run.step, "block": args.block or trained, **result, "notes": remarks}
+  if args.json:
+    json.dump(body, sys.stdout, ensure_ascii=False)
+    print()
+    return 0
+  kind = "negative log-likelihood" if result["exact"] else f"upper bound of it, {result['draws']} draws"
+  byte = "" if result["bits_per_byte"] is None else f" · {result['bits_per_byte']:.4f} bits per byte"
+  print(
+    f"{result['bits_per_token']:.4f} ± {result['stderr']:.4f} bits per token{byte} ({kind}; step {run.step}, "
+    f"{result['documents']} documents, {result['tokens']} tokens)"
+  )
+  for text in remarks:
+    print(f"note: {text}")
+  return 0

@@ -1,0 +1,201 @@
+"""A finished or running run, opened for sampling and evaluation; samples during training.
+
+Legend: B rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from genmodels import config, optim, system
+from genmodels import state as states
+from genmodels.checkpoint import init as initialisation
+from genmodels.contracts import Row
+from genmodels.parallel import mesh as meshes
+from genmodels.parallel import rules
+from genmodels.sampling.config import SamplerConfig, at_step, build
+from genmodels.sampling.loop import Result, Sampler, prompt_row
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Fields: cfg (ConfigDict), parts (system.System), trees ({"model": parameters to evaluate}), step, mesh."""
+
+  cfg: Any
+  parts: Any
+  trees: dict
+  step: int
+  mesh: Any
+
+
+def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
+  """Opens a workdir: its config, its system, its newest verified parameters (the average, where one is kept).
+
+  Args:
+    step: this checkpoint and no other.
+    overrides: "key.path=value" on the stored config.
+
+  Raises:
+    FileNotFoundError: no config.json. RestoreError: no checkpoint verifies. ConfigError.
+  """
+  path = pathlib.Path(workdir)
+  if not (path / "config.json").is_file():
+    raise FileNotFoundError(f"{path}/config.json does not exist: is {path} the --workdir of a training run?")
+  cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
+  for text in overrides:
+    config.override(cfg, text)
+  parts = system.build(cfg, workdir=str(path))
+  mesh = _mesh(cfg)
+  shapes, axes = parts.model.abstract_params(), parts.model.logical_axes()
+  with rules.use_mesh(mesh):
+    trees, step = _trees(cfg, path, step, mesh, shapes, axes)
+  return Run(cfg, parts, trees, step, mesh)
+
+
+def _tuples(x):
+  """JSON has no tuples; configs have no lists."""
+  if isinstance(x, dict):
+    return {k: _tuples(v) for k, v in x.items()}
+  return tuple(map(_tuples, x)) if isinstance(x, list) else x
+
+
+def _mesh(cfg):
+  """The run's mesh, or, where these devices do not make it up, plain data parallelism."""
+  section = config.build(meshes.MeshConfig, cfg.get("mesh"), "mesh")
+  try:
+    return meshes.make_mesh(section)
+  except ValueError as e:
+    warnings.warn(f"the run's mesh does not fit {jax.device_count()} devices ({e}); rows are spread instead", stacklevel=3)
+    return meshes.make_mesh(meshes.MeshConfig())
+
+
+def _trees(cfg, path, step, mesh, shapes, axes):
+  placed = rules.sharding_tree(mesh, axes, shapes)
+  manager = initialisation.open_folder(str(path))
+  ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
+  if ocfg.name == "schedule_free" and not cfg.train.get("ema"):
+    # The average is a function of the whole optimizer state.
+    tx, _ = optim.build(ocfg, shapes, axes, int(cfg.train.get("steps", 1)))
+    abstract = states.abstract(lambda: states.create({"model": _zeros(shapes)}, {"model": tx}))
+    where = states.shardings(abstract, {"model": placed}, mesh)
+    spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+    found = manager.restore(spec, step)
+    return {"model": optim.eval_params(found.state.opt["model"], found.state.trees["model"])}, found.step
+  prefix = f"trees/{'ema' if cfg.train.get('ema') else 'model'}/"
+  sharding = states.param_paths(placed)
+  values, step, _ = manager.read(step, lambda name, _: sharding.get(name.removeprefix(prefix)) if name.startswith(prefix) else None)
+  want = states.param_paths(shapes)
+  missing = [n for n in want if prefix + n not in values or values[prefix + n].shape != want[n].shape]
+  if missing:
+    raise config.ConfigError(
+      f"the checkpoint of step {step} does not hold the parameters of this config: {missing[0]} and "
+      f"{len(missing) - 1} more are missing or of another shape", key="model", fix="use the config of the run itself",
+    )  # fmt: skip
+  leaves = [values[prefix + n] for n in want]
+  return {"model": jax.tree.unflatten(jax.tree.structure(shapes), leaves)}, step
+
+
+def _zeros(shapes):
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+# -- samplers of a system ---------------------------------------------------------------------------
+
+_SAMPLERS: dict[tuple, tuple] = {}  # of the last systems seen: compiling is most of a short sampling's time
+
+
+def sampler_of(parts, step: int, section=None) -> Sampler:
+  """The sampler of a system at a training step; the same one as long as the block size stays.
+
+  Args:
+    section: SamplerConfig; default: the config's `sampler` section.
+  """
+  cfg = config.build(SamplerConfig, parts.cfg.get("sampler") if section is None else section, "sampler")
+  _, block = at_step(parts.objective, step, 0)
+  key = id(parts), block, cfg
+  if key not in _SAMPLERS:
+    while len(_SAMPLERS) >= 8:
+      _SAMPLERS.pop(next(iter(_SAMPLERS)))
+    meta = {"eos": parts.data.meta.specials.get("eos", -1)} if parts.data is not None else {}
+    made = build(cfg, parts.objective, parts.model, latent=parts.latent, meta=meta, step=step)
+    _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
+  return _SAMPLERS[key][1]
+
+
+def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None) -> Row:
+  """Rows from texts: BOS (where the tokenizer has one), the prompt, and what is to be generated.
+
+  Raises:
+    ConfigError: the data have no tokenizer.
+  """
+  tokenizer, meta = parts.data.tokenizer, parts.data.meta
+  if tokenizer is None and any(prompts):
+    raise config.ConfigError("these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt")
+  head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
+  ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
+  length = sampler.cfg.length or meta.seq_len
+  pad = max(meta.specials.get("pad", 0), 0)
+  return prompt_row(ids, length, new or length, example_ids=example_ids, pad=pad, axes=meta.axes)
+
+
+def image_row(parts, labels, example_ids=None) -> Row:
+  """Empty images of classes `labels` int[B], from the objective's own `blank`."""
+  return parts.objective.blank(np.asarray(labels, np.int32), parts.latent, example_ids)
+
+
+def draws_images(parts) -> bool:
+  """The objective makes rows of its own: images."""
+  return hasattr(parts.objective, "blank")
+
+
+def decode(parts, row: Row, result: Result) -> list:
+  """Per row: the text generated behind the prompt, or the image uint8[H, W]."""
+  if draws_images(parts):
+    row = jax.tree.map(np.asarray, row).replace(tokens=np.asarray(result.tokens))
+    return list(np.asarray(parts.objective.images(jax.tree.map(jnp.asarray, row), parts.latent))[:, 0])
+  tokens, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
+  given = (np.asarray(row.role) == 0).sum(1)
+  if parts.data.tokenizer is None:
+    return [" ".join(map(str, t[g:n])) for t, g, n in zip(tokens, given, lengths)]
+  return [parts.data.tokenizer.decode(t[g:n]) for t, g, n in zip(tokens, given, lengths)]
+
+
+def save(parts, items: Sequence, path: pathlib.Path) -> pathlib.Path:
+  """Writes samples beside `path`: a PNG grid of images, or a text file. Returns the file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if draws_images(parts):
+    from genmodels.latents import png
+
+    path = path.with_suffix(".png")
+    png.save_grid(path, np.stack(items), parts.latent.levels)
+    return path
+  path = path.with_suffix(".txt")
+  path.write_text("".join(f"=== {i}\n{text}\n" for i, text in enumerate(items)), encoding="utf-8")
+  return path
+
+
+def during_training(cfg, parts, trees, folder: pathlib.Path, step: int, n: int) -> pathlib.Path | None:
+  """`n` samples of the parameters at a step, written to `folder`: text without a prompt, or one image per
+  class in turn. The same keys at every step, so that samples of a run can be compared.
+
+  Returns:
+    The file, on process 0; None elsewhere.
+  """
+  sampler = sampler_of(parts, step)
+  if draws_images(parts):
+    row = image_row(parts, np.arange(n) % parts.objective.classes)
+  else:
+    row = text_row(parts, sampler, [""] * n)
+  result = sampler(trees["model"], row, jax.random.key(int(cfg.seed)))
+  items = decode(parts, row, result)
+  return save(parts, items, pathlib.Path(folder) / f"step-{step:07d}") if jax.process_index() == 0 else None

@@ -67,7 +67,9 @@ def after_one_step(digits, objective, accumulate):
 
 def difference(a, b):
   """Largest difference of two trees, relative to the largest change that the step made."""
-  size = max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(system().params)))
+  size = max(
+    float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(system().params))
+  )
   return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))) / size
 
 
@@ -79,7 +81,9 @@ def test_one_step_equals_four_micro_batches():
   for name in ("loss", "loss/text", "loss/image", "denominator/text", "denominator/image"):
     assert float(metrics[name]) == pytest.approx(float(again[name]), rel=1e-5)
   assert float(metrics["denominator/image"]) == 7 * PATCHES
-  wrong = DividesInside(**{f.name: getattr(digits.objective, f.name) for f in dataclasses.fields(TextImageFlow)})
+  wrong = DividesInside(
+    **{f.name: getattr(digits.objective, f.name) for f in dataclasses.fields(TextImageFlow)}
+  )
   assert difference(one, after_one_step(digits, wrong, 4)[0]) > 1e-2
 
 
@@ -119,7 +123,9 @@ def test_targets_are_the_next_patches():
   row = row_of(4)
   inputs, targets, denominators = prepare(row, 0)
   image, text = targets["image"], targets["text"]
-  np.testing.assert_array_equal(np.asarray(image.slot)[0], [-1] * WORDS + list(range(WORDS - 1, WORDS + PATCHES - 1)))
+  np.testing.assert_array_equal(
+    np.asarray(image.slot)[0], [-1] * WORDS + list(range(WORDS - 1, WORDS + PATCHES - 1))
+  )
   np.testing.assert_array_equal(np.asarray(text.slot)[0], [-1, *range(WORDS - 1)] + [-1] * PATCHES)
   patches = np.asarray(digits.latent.encode(row.docs.side["pixels"][:, 0]))
   np.testing.assert_array_equal(np.asarray(image.value)[:3, WORDS:], patches[:3])
@@ -157,7 +163,9 @@ def test_caption_likelihood_ignores_the_image_term():
   inputs, targets, _ = prepare(row, 5)
   outputs = forward(digits.params, inputs, targets)
   sums, metrics = jax.jit(digits.objective.loss)(outputs, targets)
-  np.testing.assert_allclose(np.asarray(nll)[:, 0], np.asarray(metrics["per_token"]["text"].sum(1)), rtol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(nll)[:, 0], np.asarray(metrics["per_token"]["text"].sum(1)), rtol=1e-5
+  )
   assert float(sums["image"]) > 0
 
 
@@ -177,4 +185,8 @@ def test_oracle_velocity_recovers_the_patch():
   valid = np.asarray(dist.valid)
   got = np.asarray(jax.jit(lambda key: Oracle(**fields).sample(key, steps=4))(jax.random.key(1)))
   np.testing.assert_allclose(got[valid], np.asarray(x)[valid], atol=1e-5)
-  assert float(jnp.abs(Oracle(**fields).nll(x)).max()) < 1e-6 < float(jax.jit(type(dist).nll)(dist, x)[valid].mean())
+  assert (
+    float(jnp.abs(Oracle(**fields).nll(x)).max())
+    < 1e-6
+    < float(jax.jit(type(dist).nll)(dist, x)[valid].mean())
+  )

@@ -1,6 +1,7 @@
 """Next-token and next-scale image modelling: what each slot knows, decoding = training, exact likelihoods.
 
-vision.md §19: 1 (teacher-forced = cached logits), 3 (leaks), 8 (guidance branches), 14 (RoPE), 17 (packing).
+Teacher-forced logits are the cached ones, no slot knows its answer, probabilities sum to one, dropped classes,
+packing, and positions that only count relative to each other.
 """
 
 import dataclasses
@@ -167,7 +168,9 @@ def test_probabilities_sum_to_one(name):
 def test_dropped_condition_is_the_null_class(name):
   digits = small(name)
   obj, row = digits.objective, small_row(digits)
-  assert obj.corruption.dropped(row, jax.random.key(0), 0, bound=(0, 1)) is None  # likelihoods are conditional
+  assert (
+    obj.corruption.dropped(row, jax.random.key(0), 0, bound=(0, 1)) is None
+  )  # likelihoods are conditional
   cond, _ = one_pass(digits, row)
   null, _ = one_pass(digits, row, [[True], [False]])
   side = row.docs.side | {"label": jnp.full((2, 1), obj.classes)}

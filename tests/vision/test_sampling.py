@@ -1,4 +1,4 @@
-"""Images through the one sampling loop: steps, caches, guidance, the same tokens on any mesh (vision.md §19.8, 18)."""
+"""Images through the one sampling loop: steps, caches, guidance, the same tokens on any mesh."""
 
 import dataclasses
 import functools
@@ -69,14 +69,16 @@ def test_guidance_ends_at_its_branches(name):
 
 
 def test_var_schedule():
-  """s = 1 + τ with τ = cfg·k/(K − 1): 1 at the first scale, 1 + cfg at the last (vision.md §1.1)."""
+  """s = 1 + τ with τ = cfg·k/(K − 1): 1 at the first scale, 1 + cfg at the last."""
   guidance = sampling.Guidance(scale=2.5, schedule="linear", over="units")
   r = jnp.arange(10) / 9
   np.testing.assert_allclose(np.asarray(guidance(r)), 1 + 1.5 * np.arange(10) / 9, rtol=1e-6)
   digits, made = sampler(SCALES, guidance=dataclasses.asdict(guidance))
   row = digits.objective.blank(LABELS, digits.latent)
   s, seen = made.start(digits.params, row, 0), []
-  step = jax.jit(lambda s: (made.progress(s, made.ask(row, s)), made.step(digits.params, row, s, jax.random.key(0))))
+  step = jax.jit(
+    lambda s: (made.progress(s, made.ask(row, s)), made.step(digits.params, row, s, jax.random.key(0)))
+  )
   for _ in digits.latent.sizes:
     r, s = step(s)
     seen.append(np.asarray(r))

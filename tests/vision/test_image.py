@@ -1,7 +1,7 @@
 """Next-token and next-scale image modelling: what each slot knows, decoding = training, exact likelihoods.
 
-Teacher-forced logits are the cached ones, no slot knows its answer, probabilities sum to one, dropped classes,
-packing, and positions that only count relative to each other.
+Teacher-forced logits are the cached ones, no slot knows its answer, probabilities sum to one, dropped
+classes, packing, and positions that only count relative to each other.
 """
 
 import dataclasses

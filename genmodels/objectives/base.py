@@ -12,7 +12,8 @@ Legend: B rows · C copies · N clean tokens · S slots · D documents.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -59,13 +59,19 @@ def micro_batches(row: Row, count: int) -> Row:
   return jax.tree.map(split, row)
 
 
-def bind(fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model") -> Nets:
-  """Binds network functions fn(trees, *args) to trees; only the player's own tree lets gradients pass."""
+def bind(fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model", key=None) -> Nets:
+  """Binds network functions fn(trees, *args) to trees; only the player's own tree lets gradients pass.
+
+  Args:
+    player: the network being trained, "" for none.
+    key: its dropout key; without one nothing is dropped.
+  """
   stopped = {k: v if k == player else jax.lax.stop_gradient(v) for k, v in trees.items()}
 
   def bound(name, fn):
     mine = stopped if name == player else jax.lax.stop_gradient(stopped)
-    return lambda *args, **kw: fn(mine, *args, **kw)
+    noise = {"key": key} if key is not None and name == player else {}
+    return lambda *args, **kw: fn(mine, *args, **(noise | kw))
 
   return Nets({name: bound(name, fn) for name, fn in fns.items()}, stopped, latent, player)
 
@@ -97,9 +103,10 @@ def make_train_step(
   def denominators(row, key, step):
     return objective.denominators(row, key, step, latent)
 
-  def gradients(params, trees, row, key, step, total):
+  def gradients(params, trees, row, key, step, total, index):
     def loss_of(params):
-      nets = bind(fns, {**trees, "model": params}, latent)
+      drop = jax.random.fold_in(jax.random.fold_in(key, step), index)
+      nets = bind(fns, {**trees, "model": params}, latent, key=drop)
       sums, _, aux = objective.run(nets, row, key, step)
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
@@ -114,7 +121,7 @@ def make_train_step(
     params, step = state.trees["model"], state.step
     if cfg.accumulate == 1:
       total = denominators(row, key, step)
-      grads, m = gradients(params, state.trees, row, key, step, total)
+      grads, m = gradients(params, state.trees, row, key, step, total, 0)
     else:
       micro = micro_batches(row, cfg.accumulate)
       add = lambda a, b: jax.tree.map(jnp.add, a, b)
@@ -122,9 +129,10 @@ def make_train_step(
       shape = jax.eval_shape(lambda r: denominators(r, key, step), first)
       zeros = lambda s: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), s)
       total, _ = jax.lax.scan(lambda c, r: (add(c, denominators(r, key, step)), None), zeros(shape), micro)
-      one = lambda r: gradients(params, state.trees, r, key, step, total)
-      acc = zeros(jax.eval_shape(one, first))
-      (grads, m), _ = jax.lax.scan(lambda c, r: (add(c, one(r)), None), acc, micro)
+      one = lambda r, i: gradients(params, state.trees, r, key, step, total, i)
+      acc = zeros(jax.eval_shape(one, first, 0))
+      index = jnp.arange(cfg.accumulate)
+      (grads, m), _ = jax.lax.scan(lambda c, x: (add(c, one(*x)), None), acc, (micro, index))
 
     grad_norm = optax.global_norm(grads)
     ok, guard = _guard(cfg, state.stats.get("guard"), m["loss"], grad_norm)

@@ -117,11 +117,11 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
   key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
 
+  begin = lambda trees: states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+
   def fresh(key):
-    trees = {"model": model.init(key)}
-    if tcfg.ema:
-      trees["ema"] = trees["model"]
-    return states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
+    params = model.init(key)
+    return begin({"model": params, "ema": params} if tcfg.ema else {"model": params})
 
   dropped: list[str] = []
   with rules.use_mesh(mesh):
@@ -129,11 +129,13 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
     shardings = states.shardings(abstract, {"model": placed}, mesh)
     make = lambda: jax.jit(fresh, out_shardings=shardings)(key)
+    rebuild = jax.jit(begin, out_shardings=shardings)
     saver = checkpoints.Manager(workdir / "checkpoints", ccfg)
     with ledger.span("restore"):
       state, origin = initialisation.initialise(
-        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps
-      )
+        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps,
+        axes=axes, rebuild=rebuild,
+      )  # fmt: skip
   say(f"parameters {sum(x.size for x in jax.tree.leaves(shapes)):,} · mesh {dict(mesh.shape)} · {origin}")
   for text in dropped:
     say(f"note: replicated: {text}")
@@ -221,6 +223,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         if tcfg.sample_every and at % tcfg.sample_every == 0:
           with ledger.span("sample"):
             runs.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+        saver.check()  # a save that failed in the background
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
           save(at, metric)

@@ -99,7 +99,11 @@ class Categorical:
     if mesh is None:
       return local(*args)
     rows = P(attend.split(mesh, BATCH_AXES, B), attend.split(mesh, ("context", "tensor"), M))
-    return jax.shard_map(local, mesh=mesh, in_specs=(rows, P(), P(), rows, rows), out_specs=rows)(*args)
+    # Unchecked: with varying types, the gradient of what fn closes over (or of `replicated`) would be
+    # summed over devices inside the loop over chunks, whose length differs from device to device. This
+    # way it is summed once, outside.
+    specs = (rows, P(), P(), rows, rows)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*args)
 
   def _logits(self, raw, bias):
     """Bias, soft cap, forbidden classes; the vocabulary's padding is cut off."""

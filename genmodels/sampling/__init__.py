@@ -2,6 +2,7 @@
 
 from genmodels.sampling.cache import POLICIES, CachePolicy
 from genmodels.sampling.config import Guidance, SamplerConfig, at_step, build
+from genmodels.sampling import quota
 from genmodels.sampling.loop import Result, Sampler, State, prompt_row
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
   "at_step",
   "build",
   "prompt_row",
+  "quota",
 ]

@@ -90,3 +90,17 @@ def test_cached_decoding_on_a_mesh():
       jax.device_put(params, sharding_tree(mesh, model.logical_axes(), model.abstract_params()))
     )
   np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_map_may_close_over_traced_values_on_a_mesh():
+  model, params, x, t = case()
+
+  def f(a, p):
+    dist = model.apply(p, x, t).dists["t"]
+    teacher = dist.replace(hidden=dist.hidden[:, ::-1] * a)
+    return dist.map(lambda z: a * jax.nn.log_softmax(z)[:, 0]).sum() + dist.cross_entropy(teacher).sum()
+
+  want = jax.jit(jax.grad(f))(2.0, params)
+  with use_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
+    got = jax.jit(jax.grad(f))(2.0, params)
+  np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -45,11 +45,15 @@ def losses(workdir, process=0):
   return {x["step"]: float.fromhex(x["loss"]) for x in lines}, [x["step"] for x in lines]
 
 
-def wait_for(condition, what, limit=LIMIT):
+def wait_for(job, condition, what, limit=LIMIT):
+  """Until the condition holds; fails, and kills the job, if a process ends first or time is up."""
   end = time.monotonic() + limit
   while not condition():
-    assert time.monotonic() < end, f"never happened: {what}"
-    time.sleep(0.02)
+    over = [p.poll() for p in job.processes]
+    if time.monotonic() > end or any(s is not None for s in over):
+      job.kill()
+      raise AssertionError(f"never happened: {what}; exit statuses {over}")
+    time.sleep(0.05)
 
 
 def reached(workdir, step, process=0):
@@ -101,7 +105,7 @@ def test_resume_is_bit_exact_on_the_same_mesh_and_close_on_another(reference, tm
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_to_one_process_saves_one_step_on_all_and_exits_0(processes, tmp_path):
   job = start(tmp_path, processes, 4 // processes, steps=10_000, save_every=10_000, pause=0.02)
-  wait_for(reached(tmp_path, 5, processes - 1), "step 5")
+  wait_for(job, reached(tmp_path, 5, processes - 1), "step 5")
   job.signal(signal.SIGTERM, processes - 1)
   assert job.wait(60) == [0] * processes, log(tmp_path)
   last = {losses(tmp_path, p)[1][-1] for p in range(processes)}
@@ -115,8 +119,8 @@ def test_sigterm_to_one_process_saves_one_step_on_all_and_exits_0(processes, tmp
 def test_kill_9_of_one_process_loses_only_the_steps_since_the_last_save(reference, tmp_path):
   want, _ = losses(reference)
   job = start(tmp_path, 2, 2, steps=10_000, save_every=4, pause=0.05)
-  wait_for(lambda: Manager(tmp_path / "checkpoints", read_only=True).latest() == 4, "step 4 saved")
-  wait_for(reached(tmp_path, 6), "step 6")
+  wait_for(job, lambda: Manager(tmp_path / "checkpoints", read_only=True).latest() == 4, "step 4 saved")
+  wait_for(job, reached(tmp_path, 6), "step 6")
   job.signal(signal.SIGKILL, 1)
   status = job.wait(LIMIT)  # the other one notices and leaves: no hang
   assert status[1] == -signal.SIGKILL and status[0] != 0
@@ -145,7 +149,9 @@ def test_kill_9_at_random_instants_never_loses_a_committed_step(tmp_path):
   for _ in range(5):
     job = start(tmp_path, steps=100_000, save_every=1, width=512, heartbeat_s=100)
     begun = floor
-    wait_for(lambda b=begun: (Manager(tmp_path / "checkpoints", read_only=True).latest() or 0) > b, "a save")
+    wait_for(
+      job, lambda b=begun: (Manager(tmp_path / "checkpoints", read_only=True).latest() or 0) > b, "a save"
+    )
     time.sleep(rng.random() * 0.4)
     job.kill()
     newest = Manager(tmp_path / "checkpoints", read_only=True).latest()

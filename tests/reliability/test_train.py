@@ -17,7 +17,7 @@ LIMIT = 400
 ENDLESS = 100_000
 
 
-def start(workdir, processes, devices, steps):
+def start(workdir, processes, devices, steps, mesh=(("fsdp", 2),)):
   settings = {
     "train.steps": steps,
     "train.log_every": 1,
@@ -25,12 +25,13 @@ def start(workdir, processes, devices, steps):
     "train.tensorboard": False,
     "eval.every": 0,
     "optim.schedule": "{'kind':'constant','warmup':2}",
-    "mesh.fsdp": 2,
-  }
+  } | {f"mesh.{axis}": size for axis, size in mesh}
   arguments = ["--config", "configs/language/bd3lm.py:tiny", "--workdir", str(workdir)]
   arguments += [f"{k}={v}" for k, v in settings.items()]
   env = {"PYTHONPATH": str(ROOT)}
-  return local.start([*local.TRAIN, *arguments], processes, devices, heartbeat_s=10, logs=workdir / "logs", env=env)
+  return local.start(
+    [*local.TRAIN, *arguments], processes, devices, heartbeat_s=10, logs=workdir / "logs", env=env
+  )
 
 
 def finish(job, workdir):
@@ -57,7 +58,7 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
   run.mkdir()
   # SIGTERM to one process: one agreed step, saved, exit 0 everywhere.
   job = start(run, 2, 2, ENDLESS)
-  wait_for(lambda: len(losses(run)) >= 9, "9 steps", LIMIT)
+  wait_for(job, lambda: len(losses(run)) >= 9, "9 steps", LIMIT)
   job.signal(signal.SIGTERM, 1)
   finish(job, run)
   stopped = saved(run)
@@ -66,7 +67,7 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
 
   # The same command goes on; kill -9 of one process: the other one leaves, no committed step is lost.
   job = start(run, 2, 2, ENDLESS)
-  wait_for(lambda: saved(run) >= stopped + 8, "two more saves", LIMIT)
+  wait_for(job, lambda: saved(run) >= stopped + 8, "two more saves", LIMIT)
   job.signal(signal.SIGKILL, 1)
   status = job.wait(LIMIT)
   assert status[1] == -signal.SIGKILL and status[0] != 0
@@ -90,6 +91,22 @@ def test_stopped_killed_and_damaged_the_run_goes_on_as_if_nothing_had_happened(t
   finish(start(alone, 1, 4, 9), alone)
   got = losses(alone)
   np.testing.assert_allclose([got[s] for s in range(1, 10)], [first[s] for s in range(1, 10)], rtol=1e-5)
+
+
+def test_any_mesh_sees_the_same_first_20_losses(tmp_path):
+  meshes = {
+    1: (),
+    2: (("fsdp", 2),),
+    4: (("tensor", 2), ("fsdp", 2)),
+    8: (("data", 2), ("fsdp", 2), ("tensor", 2)),
+  }
+  got = {}
+  for devices, mesh in meshes.items():
+    finish(start(tmp_path / str(devices), 1, devices, 20, mesh), tmp_path / str(devices))
+    got[devices] = [losses(tmp_path / str(devices))[s] for s in range(1, 21)]
+  for devices in (2, 4, 8):
+    np.testing.assert_allclose(got[devices], got[1], rtol=1e-5, err_msg=f"{devices} devices")
+  assert got[1][-1] < got[1][0]
 
 
 @pytest.mark.full

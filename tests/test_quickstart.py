@@ -204,6 +204,11 @@ def test_colours_follow_the_step():
   )
 
 
+def test_tokens_per_step_counts_generated_tokens_of_every_row():
+  rows = [{"step": [-1, 0, 0, 1, 2]}, {"step": [-1, 0, 0, 0, 0]}]
+  assert report.tokens_per_step({"rows": rows}) == 8 / 4
+
+
 def test_labels_keep_their_distance_and_order():
   out = report.spread([1.0, 1.0, 1.05, 3.0], 0.2)
   assert all(b - a >= 0.2 - 1e-6 for a, b in zip(out, out[1:])) and out[-1] == 3.0

@@ -69,9 +69,7 @@ def recipe(part: str, root: str, *, scale: float = 1.0, steps: int = 0) -> ml_co
   cfg.train = {"steps": n, "log_every": 1, "save_every": max(n // 3, 1), "tensorboard": False}
   cfg.checkpoint = {"keep_last": 2}
   cfg.sampler = {"top_p": 0.9, "length": 112}
-  if part == "convert":  # as many tokens at one time as the model is sure of
-    cfg.sampler.quota = {"kind": "threshold", "tau": 0.5}
-  elif part == "scratch":
+  if part == "scratch":
     cfg.sampler.quota = {"kind": "ancestral", "steps": 64}
   return cfg
 

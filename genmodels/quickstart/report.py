@@ -188,14 +188,16 @@ def _samples(summary: dict) -> str:
     title, part = titles[name]
     parts.append(
       f"<h3><span class=dot style='background:{COLOURS[part]}'></span>{html.escape(title)} "
-      f"<span class=small>· {drawn['forwards']} forward passes for {_longest(drawn)} tokens a row</span></h3>"
+      f"<span class=small>· {tokens_per_step(drawn):.2f} tokens a step</span></h3>"
     )
     parts += [_sample(row) for row in drawn["rows"]]
   return "\n".join(parts)
 
 
-def _longest(drawn: dict) -> int:
-  return max(sum(s >= 0 for s in row["step"]) for row in drawn["rows"])
+def tokens_per_step(drawn: dict) -> float:
+  """Generated tokens over steps that committed any, over all rows."""
+  steps = [[s for s in row["step"] if s >= 0] for row in drawn["rows"]]
+  return sum(map(len, steps)) / max(sum(len(set(s)) for s in steps), 1)
 
 
 def _sample(row: dict) -> str:

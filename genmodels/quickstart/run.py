@@ -80,7 +80,7 @@ class Stages:
     _write_json(mark, self.key)
 
   def __call__(self, name: str, title: str, do: Callable[[], dict]) -> dict:
-    """The result of a stage, with "seconds" and "cpu_seconds" (this process and its children) added."""
+    """The result of a stage, with "seconds" and "cpu_seconds" of the process that finished it added."""
     path = self.root / "stages" / f"{name}.json"
     head = f"[{self.names.index(name) + 1}/{len(self.names)}] {title}"
     if path.exists():
@@ -175,13 +175,13 @@ def _train(part: str, root: pathlib.Path, options: Options, runs: dict, live: Li
     raise KeyboardInterrupt  # SIGTERM: the run is saved, the same command goes on
   steps = int(cfg.train.steps)
   tokens = sum(int((b["doc"] >= 0).sum()) for b in (run.system.data.batch(s) for s in range(steps)))
-  spent = metrics.goodput(root / part / "goodput.jsonl")
+  spent = metrics.goodput(root / part / "goodput.jsonl")  # over all restarts
   return {
     "steps": steps,
     "flops": flops,
     "tokens": tokens,
     "parameters": sum(int(x.size) for x in jax.tree.leaves(run.state.trees["model"])),
-    "ledger": {k: spent[k] for k in ("init", "compile", "step", "data", "save", "restore") if k in spent},
+    "ledger": {k: round(v, 3) for k, v in spent.items() if k not in ("wall", "unaccounted", "goodput")},
   }
 
 
@@ -192,26 +192,31 @@ def _evaluator(run: saved.Run) -> evals.Evaluator:
 
 def _samples(opened: Callable[[str], saved.Run]) -> dict:
   """The same prompts continued by every model."""
-  return {"models": {name: draw(opened(p), block, NEW_TOKENS) for name, (p, block) in MODELS.items()}}
+  out = {}
+  for name, (part, block) in MODELS.items():
+    # Two tokens a step, the surest first.
+    own = {"block": block, "quota": {"kind": "linear", "steps": block // 2}} if block else {}
+    out[name] = draw(opened(part), NEW_TOKENS, own)
+  return {"models": out}
 
 
-def draw(run: saved.Run, block: int, new: int) -> dict:
+def draw(run: saved.Run, new: int, sampler: dict | None = None) -> dict:
   """Samples of one model.
 
   Args:
-    block: block size to decode with; 0 is the trained one.
     new: tokens to generate behind each prompt.
+    sampler: changes to the run's sampler section.
 
   Returns:
     "rows": per prompt the "text" of every token and the "step" it was committed at (−1: given); "steps",
     "forwards" of the loop; "sampler", its settings.
   """
-  section = config.plain(run.cfg.sampler) | {"block": block}
+  section = config.plain(run.cfg.sampler) | (sampler or {})
   with rules.use_mesh(run.mesh), warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="sampler.block")  # other block sizes are the point
-    sampler = saved.sampler_of(run.parts, run.step, section)
-    row = saved.text_row(run.parts, sampler, PROMPTS, new)
-    got = jax.device_get(sampler(run.trees["model"], row, jax.random.key(int(run.cfg.seed))))
+    made = saved.sampler_of(run.parts, run.step, section)
+    row = saved.text_row(run.parts, made, PROMPTS, new)
+    got = jax.device_get(made(run.trees["model"], row, jax.random.key(int(run.cfg.seed))))
   rows = []
   for tokens, at, length in zip(got.tokens, got.committed_at, got.lengths):
     shown = range(1, int(length))  # behind BOS
@@ -234,6 +239,7 @@ def _summary(facts, runs, results, samples, folder, options) -> dict:
     cost = {k: sum(runs[p][k] for p in parts) for k in ("steps", "tokens", "flops")}
     table.append(still(r) | {"train": cost})
   bound = {r["name"]: r["bits_per_byte"] for r in table}
+  pick = lambda r: [runs[p] for p in before[r["run"]]]
   return {
     "options": dataclasses.asdict(options),
     "data": still(facts),
@@ -253,13 +259,16 @@ def _summary(facts, runs, results, samples, folder, options) -> dict:
         **{p: r["cpu_seconds"] for p, r in runs.items()},
         **{f"eval-{r['name']}": r["cpu_seconds"] for r in results},
       },
-      "training_seconds": {
-        r["name"]: sum(runs[p]["seconds"] for p in before[r["run"]]) for r in results
-      },
+      "training_seconds": {r["name"]: sum(map(_training_seconds, pick(r))) for r in results},
       "ledger": {p: r["ledger"] for p, r in runs.items()},
       "machine": machine(),
     },
   }  # fmt: skip
+
+
+def _training_seconds(run: dict) -> float:
+  """Seconds from the first step's compilation to the last save, over all restarts of a run."""
+  return sum(v for k, v in run["ledger"].items() if k not in ("init", "down"))
 
 
 def table(summary: dict) -> str:

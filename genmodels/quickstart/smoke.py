@@ -87,7 +87,7 @@ def smoke(workdir: str, out=None) -> int:
 
   say("[4/4] samples")
   for part in ("ar", "bd3lm"):
-    drawn = run.draw(saved.load_run(root / part), block=0, new=24)
+    drawn = run.draw(saved.load_run(root / part), new=24)
     if any(step < 0 for row in drawn["rows"] for step in row["step"][-1:]):
       raise SmokeError(f"{part}: a sampled row ends in a token that was never committed")
     say(f"      {part}: {''.join(drawn['rows'][0]['text'])!r}")

@@ -6,7 +6,7 @@ comes from `objective.view(row, corruption.state(row, committed), only)`, as in 
 
   next-token models   a unit is one token; its clean slot predicts the token behind it
   block models        a unit is a block; its noisy slots are denoised until it is complete, then a pass
-                      over its clean slots enters the cache (and, with a shifted head, predicts the next token)
+                      over its clean slots enters the cache (and a shifted head predicts the next token)
   next-scale models   a unit is a scale; its slots predict it at once and enter the cache in the same pass
   whole sequences     the document is one unit, nothing is cached
 
@@ -144,7 +144,8 @@ class Sampler:
     latent: bound latent or None.
     term: the term decoded. stream, store: stream that predicts; stream that commits (None: nothing is
       kept behind the front).
-    single: a unit is one token; whole: it is the document. capacity: tokens of the largest unit, 0 for the row.
+    single: a unit is one token; whole: it is the document. capacity: tokens of the largest unit, 0 for
+      the whole row.
     denoises: units are filled step by step (else: in the pass that stores them).
     policy: CachePolicy. choice, quota: how tokens and their number are chosen.
   """
@@ -201,12 +202,14 @@ class Sampler:
     if self.lead and first.any():
       align = self.objective.terms[self.term].align
       raise ValueError(
-        f"row {int(first.argmax())} has no given token: under align={align!r} nothing predicts the first token of a "
-        "document; start every prompt with BOS (role CONTEXT)"
+        f"row {int(first.argmax())} has no given token: under align={align!r} nothing predicts the first "
+        "token of a document; start every prompt with BOS (role CONTEXT)"
       )
     doc = np.asarray(row.doc)
     if (doc[:, 1:] > doc[:, :-1]).any() or doc.max() > 0:
-      raise ValueError("a row to generate holds one document (index 0) from its first token on, then padding (−1)")
+      raise ValueError(
+        "a row to generate holds one document (index 0) from its first token on, then padding (−1)"
+      )
 
   def prefill_width(self, row: Row) -> int:
     """The first call's width for concrete rows: 0, or a power of two (at most N)."""
@@ -499,7 +502,9 @@ class Sampler:
     return Result(s.tokens, s.committed_at, s.level_at, lengths, s.done, s.step, s.forwards)
 
 
-def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1) -> Row:
+def prompt_row(
+  prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1
+) -> Row:
   """Rows to generate from prompts of unequal length (host).
 
   Args:
@@ -522,7 +527,9 @@ def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, p
   for i, p in enumerate(prompts):
     p = np.asarray(p, np.int32).reshape(-1)
     if len(p) >= length:
-      raise ValueError(f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt")
+      raise ValueError(
+        f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt"
+      )
     tokens[i, : len(p)] = p
     role[i, : len(p)] = CONTEXT
     doc[i, : min(len(p) + new, length)] = 0
@@ -540,6 +547,4 @@ def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, p
   pos = np.zeros((B, length, axes), np.float32)
   pos[..., 0] = np.arange(length)
   none = np.full((B, length), -1, np.int32)
-  return Row(
-    *(jnp.asarray(x) for x in (tokens, doc, pos, role, np.zeros_like(doc), none)), docs
-  )
+  return Row(*(jnp.asarray(x) for x in (tokens, doc, pos, role, np.zeros_like(doc), none)), docs)

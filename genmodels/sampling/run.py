@@ -29,7 +29,11 @@ from genmodels.sampling.loop import Result, Sampler, prompt_row
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Fields: cfg (ConfigDict), parts (system.System), trees ({"model": parameters to evaluate}), step, mesh."""
+  """An opened run.
+
+  Fields:
+    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}. step, mesh.
+  """
 
   cfg: Any
   parts: Any
@@ -75,7 +79,9 @@ def _mesh(cfg):
   try:
     return meshes.make_mesh(section)
   except ValueError as e:
-    warnings.warn(f"the run's mesh does not fit {jax.device_count()} devices ({e}); rows are spread instead", stacklevel=3)
+    warnings.warn(
+      f"the run's mesh does not fit {jax.device_count()} devices ({e}); rows are spread instead", stacklevel=3
+    )
     return meshes.make_mesh(meshes.MeshConfig())
 
 
@@ -93,13 +99,16 @@ def _trees(cfg, path, step, mesh, shapes, axes):
     return {"model": optim.eval_params(found.state.opt["model"], found.state.trees["model"])}, found.step
   prefix = f"trees/{'ema' if cfg.train.get('ema') else 'model'}/"
   sharding = states.param_paths(placed)
-  values, step, _ = manager.read(step, lambda name, _: sharding.get(name.removeprefix(prefix)) if name.startswith(prefix) else None)
+  values, step, _ = manager.read(
+    step, lambda name, _: sharding.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+  )
   want = states.param_paths(shapes)
   missing = [n for n in want if prefix + n not in values or values[prefix + n].shape != want[n].shape]
   if missing:
     raise config.ConfigError(
       f"the checkpoint of step {step} does not hold the parameters of this config: {missing[0]} and "
-      f"{len(missing) - 1} more are missing or of another shape", key="model", fix="use the config of the run itself",
+      f"{len(missing) - 1} more are missing or of another shape", key="model",
+      fix="use the config of the run itself",
     )  # fmt: skip
   leaves = [values[prefix + n] for n in want]
   return {"model": jax.tree.unflatten(jax.tree.structure(shapes), leaves)}, step
@@ -140,7 +149,9 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
   """
   tokenizer, meta = parts.data.tokenizer, parts.data.meta
   if tokenizer is None and any(prompts):
-    raise config.ConfigError("these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt")
+    raise config.ConfigError(
+      "these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt"
+    )
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
   ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len

@@ -143,7 +143,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   Args:
     section: SamplerConfig or a config section.
     latent: the bound latent that the objective's view needs.
-    meta: facts of the data, {"eos": int, …}.
+    meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
 
   Raises:
@@ -200,8 +200,10 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   if hasattr(chosen, "schedule") and not chosen.schedule:
     chosen = dataclasses.replace(chosen, schedule=getattr(objective.corruption, "schedule", "linear"))
   eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
-  forbid = set(cfg.forbid) | (
-    {objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set()
+  forbid = (
+    set(cfg.forbid)
+    | set(meta.get("forbid", ()))
+    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
   )
   if single:
     capacity = 1

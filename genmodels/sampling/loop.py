@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -206,10 +207,27 @@ class Sampler:
         "token of a document; start every prompt with BOS (role CONTEXT)"
       )
     doc = np.asarray(row.doc)
+    if self.branches > 1 and self.unguided(row):
+      warnings.warn(
+        "guidance has no effect: dropping the conditions of these rows changes no input", stacklevel=3
+      )
     if (doc[:, 1:] > doc[:, :-1]).any() or doc.max() > 0:
       raise ValueError(
         "a row to generate holds one document (index 0) from its first token on, then padding (−1)"
       )
+
+  def unguided(self, row: Row) -> bool:
+    """Both branches see the same: the objective drops nothing, or the rows have no condition."""
+
+    def same(row):
+      committed = jnp.logical_not(eligible(row))
+      noise = self.objective.corruption.state(row, committed)
+      at = jnp.broadcast_to(rows.coordinates(row.doc), row.doc.shape)
+      only = self.only(jnp.full((at.shape[0], 1), self.stream), at, row.doc >= 0)
+      a, b = (jax.tree.leaves(self.view(row, noise, only, i)[0]) for i in range(2))
+      return jnp.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all()
+
+    return bool(jax.jit(same)(row))
 
   def prefill_width(self, row: Row) -> int:
     """The first call's width for concrete rows: 0, or a power of two (at most N)."""

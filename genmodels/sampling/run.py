@@ -135,10 +135,18 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
   if key not in _SAMPLERS:
     while len(_SAMPLERS) >= 8:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
-    meta = {"eos": parts.data.meta.specials.get("eos", -1)} if parts.data is not None else {}
+    # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
+    meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
     made = build(cfg, parts.objective, parts.model, latent=parts.latent, meta=meta, step=step)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
+
+
+def _meta(specials) -> dict:
+  """Where a row ends, and the ids that no text contains."""
+  eos = specials.get("eos", -1)
+  never = (specials.get(name, -1) for name in ("bos", "pad", "mask"))
+  return {"eos": eos, "forbid": tuple(i for i in never if i >= 0 and i != eos)}
 
 
 def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None) -> Row:

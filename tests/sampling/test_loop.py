@@ -201,6 +201,8 @@ def test_guidance():
   np.testing.assert_array_equal(np.asarray(zero.tokens)[new], np.asarray(uncond.tokens)[new])
   assert int(zero.forwards) == 2 * int(uncond.forwards)
   assert (np.asarray(zero.tokens)[new] != np.asarray(plain.tokens)[new]).any()  # the condition matters
+  with pytest.warns(UserWarning, match="guidance has no effect"):
+    S.sampler(S.ar(), guidance=2.0).check(row)
 
 
 def test_guidance_schedules():

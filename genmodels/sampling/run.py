@@ -86,32 +86,31 @@ def _mesh(cfg):
 
 
 def _trees(cfg, path, step, mesh, shapes, axes):
-  placed = rules.sharding_tree(mesh, axes, shapes)
-  manager = initialisation.open_folder(str(path))
+  """The parameters to evaluate: the average where one is kept, and schedule-free's from its state."""
+  ema = bool(cfg.train.get("ema"))
+  names = ["model", "ema"] if ema else ["model"]
   ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
-  if ocfg.name == "schedule_free" and not cfg.train.get("ema"):
-    # The average is a function of the whole optimizer state.
-    tx, _ = optim.build(ocfg, shapes, axes, int(cfg.train.get("steps", 1)))
-    abstract = states.abstract(lambda: states.create({"model": _zeros(shapes)}, {"model": tx}))
-    where = states.shardings(abstract, {"model": placed}, mesh)
-    spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-    found = manager.restore(spec, step)
-    return {"model": optim.eval_params(found.state.opt["model"], found.state.trees["model"])}, found.step
-  prefix = f"trees/{'ema' if cfg.train.get('ema') else 'model'}/"
-  sharding = states.param_paths(placed)
-  values, step, _ = manager.read(
-    step, lambda name, _: sharding.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
-  )
-  want = states.param_paths(shapes)
-  missing = [n for n in want if prefix + n not in values or values[prefix + n].shape != want[n].shape]
+  averaged = ocfg.name == "schedule_free" and not ema
+  txs = {}
+  if averaged:
+    txs = {"model": optim.build(ocfg, shapes, axes, int(cfg.train.get("steps", 1)))[0]}
+  abstract = states.abstract(lambda: states.create({n: _zeros(shapes) for n in names}, txs))
+  placed = {"model": rules.sharding_tree(mesh, axes, shapes)}
+  where = states.param_paths(states.shardings(abstract, placed, mesh))
+  want = states.param_paths(abstract)
+  needed = ("trees/ema/",) if ema else ("trees/model/", "opt/model/")
+  reads = {n: s for n, s in where.items() if n.startswith(needed)}
+  values, step, _ = initialisation.open_folder(str(path)).read(step, lambda name, _: reads.get(name))
+  missing = [n for n in reads if n not in values or values[n].shape != want[n].shape]
   if missing:
     raise config.ConfigError(
       f"the checkpoint of step {step} does not hold the parameters of this config: {missing[0]} and "
       f"{len(missing) - 1} more are missing or of another shape", key="model",
       fix="use the config of the run itself",
     )  # fmt: skip
-  leaves = [values[prefix + n] for n in want]
-  return {"model": jax.tree.unflatten(jax.tree.structure(shapes), leaves)}, step
+  state = jax.tree.unflatten(jax.tree.structure(abstract), [values.get(n) for n in want])
+  model = state.trees["ema" if ema else "model"]
+  return {"model": optim.eval_params(state.opt["model"], model) if averaged else model}, step
 
 
 def _zeros(shapes):

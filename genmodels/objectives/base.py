@@ -326,7 +326,12 @@ def registry() -> dict[str, type]:
 
 def layout(section):
   """The layout of an objective's config section: the packer asks it for costs before there is data."""
-  default = {f.name: f for f in dataclasses.fields(registry()[section.get("kind", "tokens")])}["layout"]
+  kinds, kind = registry(), section.get("kind", "tokens")
+  if kind not in kinds:
+    raise ConfigError(
+      "unknown kind", key="objective.kind", value=kind, fix=config.did_you_mean(str(kind), list(kinds))
+    )
+  default = {f.name: f for f in dataclasses.fields(kinds[kind])}["layout"]
   return _built(layouts.REGISTRY, section.get("layout") or default.default_factory(), "objective.layout")
 
 

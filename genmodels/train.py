@@ -108,6 +108,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   model, objective = parts.model, parts.objective
   shapes, axes = model.abstract_params(), model.logical_axes()
   tx, lr = optim.build(ocfg, shapes, axes, tcfg.steps)
+  # A table: computed when it is logged, the rate would queue behind the running step and be charged its time.
+  rates = np.asarray(jax.jit(jax.vmap(lr))(np.arange(tcfg.steps)))
   resolved = config.resolved(
     {"train": tcfg, "optim": ocfg, "eval": ecfg, "checkpoint": ccfg, "mesh": mcfg, "model": model.cfg, "objective": objective}
   )
@@ -177,7 +179,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         return
       for term, sums in m["source"].items():
         scalars |= metrics.group_means(f"source/{term}", sums, parts.data.meta.sources)
-      scalars |= meter.report(at) | {"lr": float(lr(at - 1)), "rss_bytes": metrics.rss_bytes()}
+      scalars |= meter.report(at) | {"lr": float(rates[at - 1]), "rss_bytes": metrics.rss_bytes()}
       run.last = scalars
       if lead:
         writer.write(at, scalars)

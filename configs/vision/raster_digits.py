@@ -15,7 +15,7 @@ def get_config(variant: str = ""):
     "vision/raster_digits",
     title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
     arxiv="2406.06525",
-    row=None,
+    row=-1,
     tests=(
       "tests/vision/test_image.py::test_cached_decode_equals_one_pass",
       "tests/vision/test_image.py::test_leak_by_perturbation",

@@ -61,8 +61,8 @@ class Tally:
 
     Returns:
       nats_per_token, bits_per_token, bits_per_byte (None without bytes), perplexity; stderr: of bits_per_token
-      over documents (they are a sample of all documents); stderr_draws: the part of it that is due to the
-      finite number of draws, 0 for an exact likelihood; documents, tokens, bytes.
+      over documents, as a sample of all documents (None for a single one); stderr_draws: what the finite
+      number of draws contributes, 0 for an exact likelihood; documents, tokens, bytes.
 
     Raises:
       ValueError: no document has a predicted token.
@@ -73,13 +73,13 @@ class Tally:
       raise ValueError("no document has a predicted token: is the held-out set empty?")
     ratio = total / tokens
     bits = 1 / math.log(2)
-    over = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens if count > 1 else math.nan
+    over = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens * bits if count > 1 else None
     return {
       "nats_per_token": ratio,
       "bits_per_token": ratio * bits,
       "bits_per_byte": total * bits / size.sum() if size.sum() else None,
-      "perplexity": math.exp(ratio) if ratio < 700 else math.inf,
-      "stderr": over * bits,
+      "perplexity": math.exp(min(ratio, 700.0)),
+      "stderr": over,
       "stderr_draws": math.sqrt(spread.sum()) / tokens * bits,
       "documents": count,
       "tokens": int(tokens),

@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   kind = "negative log-likelihood" if result["exact"] else f"upper bound of it, {result['draws']} draws"
   byte = "" if result["bits_per_byte"] is None else f" · {result['bits_per_byte']:.4f} bits per byte"
+  error = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
   print(
-    f"{result['bits_per_token']:.4f} ± {result['stderr']:.4f} bits per token{byte} ({kind}; step {run.step}, "
+    f"{result['bits_per_token']:.4f}{error} bits per token{byte} ({kind}; step {run.step}, "
     f"{result['documents']} documents, {result['tokens']} tokens)"
   )
   for text in remarks:

@@ -9,7 +9,7 @@ Legend: B rows · D documents of a row · n codes of an image · F features of a
 from __future__ import annotations
 
 import dataclasses
-from typing import Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp

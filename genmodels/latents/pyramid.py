@@ -44,8 +44,8 @@ class Pyramid(Latent):
     divides = all(a < b and b % a == 0 for a, b in zip(self.sizes, self.sizes[1:]))
     if not self.sizes or self.sizes[0] < 1 or self.sizes[-1] != self.side or not divides:
       raise ValueError(
-        f"sizes is {self.sizes}; they must rise to side {self.side}, each dividing the next, for example (1, 2, 4, 8): "
-        "otherwise residuals are not bounded by the grey levels"
+        f"sizes is {self.sizes}; they must rise to side {self.side}, each dividing the next, as (1, 2, 4, 8) "
+        "do: otherwise residuals are not bounded by the grey levels"
       )
 
   @property

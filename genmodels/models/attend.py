@@ -1,4 +1,4 @@
-"""Interval attention over the mesh: rows over data × fsdp, heads over tensor, queries over context.
+"""Attention and table lookups over the mesh: rows over data × fsdp, heads over tensor, queries over context.
 
 Kernels see local rows and heads only. Tile lists are built once per call and mask pattern, on each
 device for its own rows and queries, and every layer shares them.
@@ -37,6 +37,32 @@ def split(mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
         break
       out += (a,)
   return out
+
+
+def lookup(table, ids, split_rows: bool = False):
+  """Rows of a table [n, D] at ids int32[B, S], as [B, S, D]; −1 gives zeros.
+
+  On a mesh each device looks up its own slots, with the table gathered as any FSDP weight is; with
+  `split_rows` (a vocabulary) it keeps its own rows over tensor, and the parts are summed. Left to the
+  partitioner, a gather from a table that is sharded both ways replicates the result.
+  """
+
+  def take(table, ids):
+    there = (ids >= 0) & (ids < table.shape[0])
+    return jnp.where(there[..., None], table[jnp.clip(ids, 0, table.shape[0] - 1)], 0)
+
+  mesh = active_mesh()
+  if mesh is None:
+    return take(table, ids)
+  b, c = split(mesh, BATCH_AXES, ids.shape[0]), split(mesh, ("context",), ids.shape[1])
+  rows = split(mesh, ("tensor",), table.shape[0]) if split_rows else ()
+
+  def local(table, ids):
+    if not rows:
+      return take(table, ids)
+    return jax.lax.psum(take(table, ids - jax.lax.axis_index(rows) * table.shape[0]), rows)
+
+  return jax.shard_map(local, mesh=mesh, in_specs=(P(rows), P(b, c)), out_specs=P(b, c))(table, ids)
 
 
 def plans(masks: dict[str, AttnMask], rows: int, tiles=None) -> dict[str, kernels.Plan]:

@@ -146,6 +146,7 @@ def modulation(table, index, identity):
     ValueError: several entries without an index.
   """
   B, E, n, _ = table.shape
+  table = constrain(table, ("batch", None, None, "act_embed"))
   if index is None:
     if E != 1:
       raise ValueError(

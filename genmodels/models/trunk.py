@@ -33,11 +33,6 @@ class Table(nn.Module):
     return self.param("embedding", init, self.shape, jnp.dtype(self.cfg.param_dtype))
 
 
-def lookup(table, ids):
-  """Rows of a table at ids int32[B, S]; −1 gives zeros."""
-  return jnp.where((ids >= 0)[..., None], table[jnp.maximum(ids, 0)], 0)
-
-
 class Tables(nn.Module):
   """All id tables, {channel name: [n, D]}; the vocabulary's first."""
 
@@ -74,7 +69,7 @@ class Conditions(nn.Module):
         table = tables.get(name)
         if table is None:
           table = Table(cfg, (spec.size, C), ("pos", "cond"), name=name)()
-        y = lookup(table, x)
+        y = attend.lookup(table, x)
       elif spec.kind == "time":
         y = heads.sinusoids(x * spec.time_scale, spec.size).astype(dtype)
         y = Linear(cfg, "bef,fc->bec", (spec.size, C), (None, "cond"), True, name=f"{name}_in")(y)
@@ -82,7 +77,7 @@ class Conditions(nn.Module):
       else:
         y = Linear(cfg, "bef,fc->bec", (spec.size, C), (None, "cond"), True, name=name)(x.astype(dtype))
       total = total + y.astype(dtype)
-    return jax.nn.silu(total)
+    return constrain(jax.nn.silu(total), ("batch", None, None))
 
 
 def policy(remat: Remat, preset: str):
@@ -228,7 +223,7 @@ class Trunk(nn.Module):
           f"got {inputs.ids.shape}"
         )
       for i, name in enumerate(cfg.channels):
-        x = x + lookup(tables[name], inputs.ids[..., i])
+        x = x + attend.lookup(tables[name], inputs.ids[..., i], name == "tokens")
     if cfg.features:
       shape, bias = (cfg.features, cfg.width), "features" in cfg.bias
       project = Linear(cfg, "bsf,fd->bsd", shape, (None, "embed"), bias, name="features")
@@ -239,7 +234,7 @@ class Trunk(nn.Module):
     x = x * cfg.embed_scale
     if cfg.learned_pos:
       at = jnp.clip(inputs.pos[..., 0].astype(jnp.int32), -1, cfg.learned_pos - 1)
-      x = x + lookup(tables["pos"], at)
+      x = x + attend.lookup(tables["pos"], at)
     return x if inputs.add_embed is None else x + inputs.add_embed
 
   def _context(self, inputs: Inputs, tables, cache: Cache | None):

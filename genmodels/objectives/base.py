@@ -12,7 +12,12 @@ Legend: B rows · C copies · N clean tokens · S slots · D documents.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -324,9 +329,38 @@ def registry() -> dict[str, type]:
   }
 
 
+@functools.cache
+def class_at(kind: str) -> type:
+  """The class that a kind "path/file.py:Class" or "package.module:Class" names: an objective kept elsewhere.
+
+  Raises:
+    ConfigError: no such file, module or objective class.
+  """
+  place, _, name = kind.rpartition(":")
+  wrong = lambda why: ConfigError(why, key="objective.kind", value=kind, fix="'path/file.py:Class'")
+  try:
+    if place.endswith(".py"):
+      spec = importlib.util.spec_from_file_location(f"genmodels_objective_{abs(hash(place))}", place)
+      module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+      spec.loader.exec_module(module)
+    else:
+      module = importlib.import_module(place)
+  except (FileNotFoundError, ModuleNotFoundError) as e:
+    raise wrong(str(e)) from e
+  cls = getattr(module, name, None)
+  if not (isinstance(cls, type) and issubclass(cls, Objective)):
+    raise wrong(f"{place} has no class {name} derived from genmodels.objectives.Objective")
+  return cls
+
+
+def _registry_for(section) -> dict[str, type]:
+  kind = section.get("kind", "tokens") if isinstance(section, Mapping) or hasattr(section, "get") else ""
+  return registry() | ({kind: class_at(kind)} if ":" in kind else {})
+
+
 def layout(section):
   """The layout of an objective's config section: the packer asks it for costs before there is data."""
-  kinds, kind = registry(), section.get("kind", "tokens")
+  kinds, kind = _registry_for(section), section.get("kind", "tokens")
   if kind not in kinds:
     raise ConfigError(
       "unknown kind", key="objective.kind", value=kind, fix=config.did_you_mean(str(kind), list(kinds))
@@ -344,7 +378,7 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
   Raises:
     ConfigError: unknown key, wrong type, or a broken law, with key, value, reason and fix.
   """
-  objective = config.build_kind(registry(), section, "objective")
+  objective = config.build_kind(_registry_for(section), section, "objective")
   if objective.mask_id < 0 and objective.layout.noisy:
     if not meta or meta.get("mask_id", -1) < 0:
       raise ConfigError(

@@ -54,11 +54,17 @@ class TextImageFlow(Objective):
       object.__setattr__(self, "likelihood", self.text)
     super().__post_init__()
     if set(self.terms) != {self.text, self.image}:
-      raise ValueError(f"terms has {sorted(self.terms)}; it must have the names text={self.text!r}, image={self.image!r}")
+      raise ValueError(
+        f"terms has {sorted(self.terms)}; it must have the names text={self.text!r}, image={self.image!r}"
+      )
     if self.likelihood != self.text:
-      raise ValueError(f"likelihood is {self.likelihood!r}; only {self.text!r} has one, flow matching is no bound here")
+      raise ValueError(
+        f"likelihood is {self.likelihood!r}; only {self.text!r} has one, flow matching is no bound here"
+      )
     if self.terms[self.text].head == self.terms[self.image].head:
-      raise ValueError(f"terms read the same head {self.terms[self.text].head!r}; words and patches need one each")
+      raise ValueError(
+        f"terms read the same head {self.terms[self.text].head!r}; words and patches need one each"
+      )
     if self.draws < 1:
       raise ValueError(f"draws is {self.draws}; it must be at least 1")
 

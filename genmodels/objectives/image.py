@@ -150,7 +150,9 @@ class NextTokenImage(Image):
   def __post_init__(self):
     super().__post_init__()
     if self.layout.streams != (CLEAN,):
-      raise ValueError(f"layout.streams is {self.layout.streams}; next-token images have the clean stream ('c',) only")
+      raise ValueError(
+        f"layout.streams is {self.layout.streams}; next-token images have the clean stream ('c',) only"
+      )
 
   def inputs(self, row: Row, noise: Noise, slots: Slots, latent=None) -> Inputs:
     base = super().inputs(row, noise, slots, latent)
@@ -184,9 +186,13 @@ class NextScale(Image):
   def __post_init__(self):
     super().__post_init__()
     if self.layout.streams != (CLEAN,):
-      raise ValueError(f"layout.streams is {self.layout.streams}; next-scale images have the clean stream ('c',) only")
+      raise ValueError(
+        f"layout.streams is {self.layout.streams}; next-scale images have the clean stream ('c',) only"
+      )
     if not self.corruption.blocks.sizes:
-      raise ValueError("corruption.blocks.sizes is empty; name the tokens of each scale, for example (1, 4, 16, 64)")
+      raise ValueError(
+        "corruption.blocks.sizes is empty; name the tokens of each scale, for example (1, 4, 16, 64)"
+      )
 
   def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
     """A slot holds something of every code of the scales before its own, and of no other."""
@@ -199,7 +205,7 @@ class NextScale(Image):
     latent = needs(latent, "NextScale")
     if tuple(self.corruption.blocks.sizes) != tuple(latent.blocks):
       raise ValueError(
-        f"corruption.blocks.sizes is {self.corruption.blocks.sizes}; the latent's scales have {latent.blocks} codes"
+        f"corruption.blocks.sizes is {self.corruption.blocks.sizes}; the latent's scales have {latent.blocks}"
       )
     D, n = row.docs.occurrence.shape[1], latent.length
     label = self.classes_of(row, noise)

@@ -18,8 +18,12 @@ from genmodels.contracts import Outputs
 AR_STEPS, CONVERT_STEPS = 120, 40
 BLOCKS = (4, 8, 16)
 PARTS = ("ar", "convert", "scratch")
-TITLES = {"ar": "AR pretraining", "convert": "conversion to block diffusion", "scratch": "masked diffusion from scratch"}
-TOKENIZER, SOURCE_BYTES, HELD_OUT = "bpe:1024", 4_000_000, 0.05
+TITLES = {
+  "ar": "AR pretraining",
+  "convert": "conversion to block diffusion",
+  "scratch": "masked diffusion from scratch",
+}
+TOKENIZER, FILES, HELD_OUT = "bpe:1024", 300, 0.02
 
 MODEL = dict(
   width=128, layers=4, num_heads=4, num_kv_heads=4, head_dim=32, mlp=352, vocab_multiple=8, qk_norm="rms",
@@ -46,14 +50,14 @@ def recipe(part: str, root: str, *, scale: float = 1.0, steps: int = 0) -> ml_co
   cfg.batch_size = 16
   cfg.model.update(MODEL)
   cfg.data = {"kind": "text", "path": os.path.join(root, "data"), "seq_len": 256}
-  cfg.eval = {"every": 0, "documents": 96, "draws": 16}
-  cfg.optim = {"name": "muon", "lr": 1e-2, "weight_decay": 0.1, "b2": 0.95}
+  cfg.eval = {"every": 0, "documents": 96, "draws": 8}
+  cfg.optim = {"name": "muon", "lr": 6e-3, "weight_decay": 0.1, "b2": 0.95}
   if part == "ar":
     n = scaled(AR_STEPS, scale)
     cfg.optim.schedule = {"kind": "wsd", "warmup": max(n // 15, 1), "decay_steps": n // 3}
   elif part == "convert":
     n = scaled(CONVERT_STEPS, scale)
-    cfg.optim.lr = 5e-3
+    cfg.optim.lr = 4e-3
     cfg.optim.schedule = {"kind": "linear", "warmup": max(n // 10, 1)}
     at = tuple(n * i // 8 for i in range(5))  # half of the run climbs, half stays at the largest block
     cfg.objective.corruption.blocks.size = {"kind": "steps", "values": (1, 2, 4, 8, 16), "at": at}
@@ -64,14 +68,12 @@ def recipe(part: str, root: str, *, scale: float = 1.0, steps: int = 0) -> ml_co
     cfg.optim.schedule = {"kind": "wsd", "warmup": max(n // 15, 1), "decay_steps": n // 3}
   cfg.train = {"steps": n, "log_every": 1, "save_every": max(n // 3, 1), "tensorboard": False}
   cfg.checkpoint = {"keep_last": 2}
+  cfg.sampler = {"top_p": 0.9, "length": 112}
+  if part == "convert":  # as many tokens at one time as the model is sure of
+    cfg.sampler.quota = {"kind": "threshold", "tau": 0.5}
+  elif part == "scratch":
+    cfg.sampler.quota = {"kind": "ancestral", "steps": 64}
   return cfg
-
-
-def at_block(cfg: ml_collections.ConfigDict, block: int) -> ml_collections.ConfigDict:
-  """A block-diffusion config at one block size, to evaluate and to sample with."""
-  out = config.plain(cfg)
-  out["objective"]["corruption"]["blocks"]["size"] = block
-  return ml_collections.ConfigDict(out)
 
 
 def step_flops(cfg: ml_collections.ConfigDict):

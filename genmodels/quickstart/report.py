@@ -18,7 +18,8 @@ from genmodels import metrics
 from genmodels.quickstart import recipes
 
 COLOURS = {"ar": "#2b6cb0", "convert": "#d2691e", "scratch": "#64748b"}
-RAMP = ("#fff3b0", "#c9e7a9", "#8fd3b6", "#7fbcd9", "#a3a7e0", "#cfa3d8")  # early → late, all legible under black
+# Early → late; every shade is legible under black text.
+RAMP = ("#fff3b0", "#c9e7a9", "#8fd3b6", "#7fbcd9", "#a3a7e0", "#cfa3d8")
 
 STYLE = """
 :root { color-scheme: light; }
@@ -37,21 +38,23 @@ figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .42rem .55rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; font-size: .8rem; color: #5a626c; border-bottom: 1.5px solid #c9cdd3; vertical-align: bottom; }
+th { font-weight: 600; font-size: .8rem; color: #5a626c; border-bottom: 1.5px solid #c9cdd3; }
 td { border-bottom: 1px solid #e7e5e1; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 8.5rem; }
 tr.best td { font-weight: 600; }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .45em; }
-.sample { background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .6rem .75rem; margin: .5rem 0;
-  font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+.sample { background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .6rem .75rem;
+  margin: .5rem 0; font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
 .sample b { font-weight: 700; color: #111; }
-.bar { display: inline-block; width: 9rem; height: .7rem; border-radius: 3px; vertical-align: middle; margin: 0 .4rem; }
+.bar { display: inline-block; width: 9rem; height: .7rem; border-radius: 3px; vertical-align: middle;
+  margin: 0 .4rem; }
 details { border-top: 1px solid #e7e5e1; padding: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-pre.config { font: .78rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto;
-  background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .7rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; margin: .5rem 0; }
+pre.config { font: .78rem/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  overflow-x: auto; background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .7rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem;
+  margin: .5rem 0; }
 dt { color: #5a626c; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
@@ -74,7 +77,7 @@ def page(summary: dict, loss: dict[str, list[dict]], configs: dict[str, str]) ->
     loss: {run: records of its metrics.jsonl}.
     configs: {run: text of its resolved config}.
   """
-  data, runs = summary["data"], summary["runs"]
+  runs = summary["runs"]
   parts = [
     "<!doctype html><html lang=en><head><meta charset=utf-8>",
     '<meta name=viewport content="width=device-width, initial-scale=1">',
@@ -88,11 +91,7 @@ def page(summary: dict, loss: dict[str, list[dict]], configs: dict[str, str]) ->
     "<h2>Samples</h2>",
     _samples(summary),
     "<h2>Runs</h2>",
-    "<p>One trunk of "
-    f"{runs['ar']['parameters']:,} parameters on {data['train']['tokens']:,} tokens "
-    f"({data['train']['source_bytes'] / 1e6:.1f} MB, {data['train']['documents']} files) of the Python standard "
-    f"library; {data['heldout']['documents']} files are held out. Vocabulary {data['train']['vocab_size']}, rows of "
-    f"{summary['configs']['ar']['data']['seq_len']} tokens, batch {summary['configs']['ar']['batch_size']}.</p>",
+    f"<p>{_setting(summary)}</p>",
     *(
       f"<details><summary>{html.escape(recipes.TITLES[part])} · {runs[part]['steps']} steps</summary>"
       f"<pre class=config>{html.escape(text)}</pre></details>"
@@ -110,16 +109,27 @@ def page(summary: dict, loss: dict[str, list[dict]], configs: dict[str, str]) ->
 
 def _lead(summary: dict) -> str:
   bound = {r["name"]: r["bits_per_byte"] for r in summary["results"]}
-  runs = summary["runs"]
-  share = runs["convert"]["flops"] / (runs["ar"]["flops"] + runs["convert"]["flops"])
-  blocks = ", ".join(str(b) for b in recipes.BLOCKS[:-1]) + f" and {recipes.BLOCKS[-1]}"
-  found = ", ".join(f"{bound[f'b{b}']:.2f}" for b in recipes.BLOCKS)
+  ar, convert = summary["runs"]["ar"], summary["runs"]["convert"]
+  share = convert["flops"] / (ar["flops"] + convert["flops"])
+  join = lambda words: ", ".join(words[:-1]) + f" and {words[-1]}"
+  blocks = join([str(b) for b in recipes.BLOCKS])
+  found = join([f"{bound[f'b{b}']:.2f}" for b in recipes.BLOCKS])
   verdict = "less than" if summary["converted_beats_scratch"] else "not all less than"
   return (
-    f"A small autoregressive model was pretrained for {runs['ar']['steps']} steps, then converted to block "
-    f"diffusion in {runs['convert']['steps']} more ({100 * share:.0f} % of the compute). At blocks of {blocks} "
-    f"tokens it needs {found} bits per byte, {verdict} the {bound['scratch']:.2f} of a masked-diffusion model "
-    "trained from scratch with the same total FLOPs."
+    f"A small autoregressive model was pretrained for {ar['steps']} steps, then converted to block diffusion "
+    f"in {convert['steps']} more ({100 * share:.0f} % of the compute). At blocks of {blocks} tokens it needs "
+    f"{found} bits per byte, {verdict} the {bound['scratch']:.2f} of a masked-diffusion model trained from "
+    "scratch with the same total FLOPs."
+  )
+
+
+def _setting(summary: dict) -> str:
+  train, held, cfg = summary["data"]["train"], summary["data"]["heldout"], summary["configs"]["ar"]
+  return (
+    f"One trunk of {summary['runs']['ar']['parameters']:,} parameters on {train['tokens']:,} tokens "
+    f"({train['source_bytes'] / 1e6:.1f} MB, {train['documents']} files) of the Python standard library; "
+    f"{held['documents']} files are held out. Vocabulary {train['vocab_size']}, rows of "
+    f"{cfg['data']['seq_len']} tokens, batch {cfg['batch_size']}."
   )
 
 
@@ -133,7 +143,7 @@ def _table(summary: dict) -> str:
   head = ("model", "bits per byte", "± s.e.", "tokens", "TFLOPs", "seconds", "CPU s")
   lines = ["<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>"]
   for r in summary["results"]:
-    stderr = r["stderr"] * r["tokens"] / r["bytes"] / math.log(2)
+    stderr = r["stderr"] * r["tokens"] / r["bytes"]
     cells = (
       f"<span class=dot style='background:{COLOURS[r['run']]}'></span>{html.escape(r['title'])}",
       ("" if r["exact"] else "≤ ") + f"{r['bits_per_byte']:.3f}",
@@ -151,30 +161,28 @@ def _table_note(summary: dict) -> str:
   first = summary["results"][0]
   draws = next(r["draws"] for r in summary["results"] if not r["exact"])
   return (
-    f"On {first['documents']} pieces of held-out files ({first['bytes']:,} bytes), the same for every model. The "
-    "autoregressive likelihood is exact; for diffusion it is a bound (≤), estimated with exact counts of masked "
-    f"tokens, {draws} stratified draws a piece, the same masks for every model. Tokens, FLOPs and seconds are "
-    "those of training, pretraining included. FLOPs count weights, allowed attention pairs and read positions, "
-    "6 and 12 per unit."
+    f"On {first['documents']} pieces of held-out files ({first['bytes']:,} bytes), the same for every model. "
+    "The autoregressive likelihood is exact; for diffusion it is a bound (≤), estimated with exact counts of "
+    f"masked tokens in {draws} stratified draws a piece. Tokens, FLOPs and seconds are those of training, "
+    "pretraining included; FLOPs count weights, allowed attention pairs and read positions."
   )
 
 
 def _caption(summary: dict) -> str:
   return (
-    "Training loss in bits per byte of the tokens read (thin: every step, bold: running mean) against counted "
-    "compute; dots are the held-out values of the table. The conversion starts where pretraining ends; its loss "
-    "is the bound at the block size of the step, which the curriculum raises at the ticks."
+    "Training loss in bits per byte (thin: every step, bold: running mean) against counted compute; dots are "
+    "the held-out values of the table. The conversion starts where pretraining ends; its loss is the bound at "
+    "the block size of the step, which the curriculum raises at the ticks."
   )
 
 
 def _samples(summary: dict) -> str:
   titles = {r["name"]: (r["title"], r["run"]) for r in summary["results"]}
-  gradient = ", ".join(RAMP)
+  bar = f"<span class=bar style='background:linear-gradient(90deg,{', '.join(RAMP)})'></span>"
   parts = [
-    "<p class=small>Prompts in bold, then what the model wrote. Colour is the step at which a token was committed: "
-    f"<span class=legend>first<span class=bar style='background:linear-gradient(90deg,{gradient})'></span>last</span>"
-    ". Left to right, colours run in order; where a model fills several tokens of a block at one step, or a later "
-    "token first, they do not.</p>"
+    "<p class=small>The prompt in bold, then what the model wrote. Colour is the step at which a token was "
+    f"committed: <span class=legend>first{bar}last</span>. Where colours do not run from left to right, a "
+    "later token came first; tokens of one colour side by side came together.</p>"
   ]
   for name, drawn in summary["samples"]["models"].items():
     title, part = titles[name]
@@ -228,13 +236,13 @@ def mix(ramp: Sequence[str], x: float) -> str:
 
 def _machine(measured: dict) -> str:
   m = measured["machine"]
-  total = sum(measured["seconds"].values())
+  total, cpu = (metrics.duration(sum(measured[k].values())) for k in ("seconds", "cpu_seconds"))
   rows = {
     "hardware": f"{m['cpu']}, {m['cores']} cores; jax devices: {m['devices']}",
     "system": f"{m['system']}, Python {m['python']}",
     "versions": ", ".join(f"{k} {v}" for k, v in m["versions"].items()),
     "genmodels": m["genmodels"] + (f", commit {m['commit']}" if m["commit"] else ""),
-    "time": f"{metrics.duration(total)} in all, {metrics.duration(sum(measured['cpu_seconds'].values()))} of CPU; {m['date']}",
+    "time": f"{total} in all, {cpu} of CPU; {m['date']}",
     "by stage": ", ".join(f"{k} {v:.0f} s" for k, v in measured["seconds"].items()),
   }
   return "<dl>" + "".join(f"<dt>{k}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items()) + "</dl>"
@@ -293,7 +301,8 @@ def plot(summary: dict, loss: dict[str, list[dict]]):
   for b, s in zip(size["values"], size["at"]):
     x = (start["convert"] + runs["convert"]["flops"] * s / runs["convert"]["steps"]) / 1e12
     ax.plot([x, x], [0, 0.018], transform=ax.get_xaxis_transform(), color=COLOURS["convert"], lw=1)
-    ax.text(x, 0.025, f"{b}", transform=ax.get_xaxis_transform(), ha="center", fontsize=7.5, color=COLOURS["convert"])
+    style = {"ha": "center", "fontsize": 7.5, "color": COLOURS["convert"]}
+    ax.text(x, 0.025, f"{b}", transform=ax.get_xaxis_transform(), **style)
   ax.set_xlabel("training compute, counted TFLOPs (pretraining included)")
   ax.set_ylabel("bits per byte")
   ax.spines[["top", "right"]].set_visible(False)
@@ -322,7 +331,9 @@ def figure(summary: dict, loss: dict[str, list[dict]]) -> str:
   svg = out.getvalue()
   svg = svg[svg.index("<svg") :]
   # Without its fixed size the drawing takes the width of the page.
-  return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1), count=1)
+  for size in ("width", "height"):
+    svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+  return svg
 
 
 def _configs(root: pathlib.Path, summary: dict) -> dict[str, str]:

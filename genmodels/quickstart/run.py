@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import platform
 import resource
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +26,15 @@ import jax
 import numpy as np
 
 import genmodels
-from genmodels import config, data, evals, metrics, sampling, system, train
-from genmodels.checkpoint import init as initialisation
+from genmodels import config, evals, metrics, train
 from genmodels.data import prepare
-from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.quickstart import recipes, report
 from genmodels.quickstart.live import Live
+from genmodels.sampling import run as saved
 
+# name: (run, block size to evaluate and to decode with; 0 for none)
+MODELS = {"ar": ("ar", 0), **{f"b{b}": ("convert", b) for b in recipes.BLOCKS}, "scratch": ("scratch", 0)}
 PROMPTS = ("def ", "import ", "class ", '    """Return ')
 NEW_TOKENS = 96
 
@@ -108,8 +111,7 @@ def quickstart(root: str, options: Options = Options(), out=None) -> dict:
   folder = pathlib.Path(root)
   folder.mkdir(parents=True, exist_ok=True)
   keep_compiled(folder)
-  evaluated = ["ar", *(f"b{b}" for b in recipes.BLOCKS), "scratch"]
-  names = ["data", "ar", "convert", "scratch", *(f"eval-{e}" for e in evaluated), "samples"]
+  names = ["data", *recipes.PARTS, *(f"eval-{m}" for m in MODELS), "samples"]
   with Live(out) as live:
     stages = Stages(folder, options, live, names)
     began = time.monotonic()
@@ -117,21 +119,19 @@ def quickstart(root: str, options: Options = Options(), out=None) -> dict:
     facts = stages("data", "text of the Python standard library", lambda: _prepare(folder))
     runs = {}
     for part in recipes.PARTS:
-      runs[part] = stages(part, recipes.TITLES[part], lambda: _train(part, folder, options, runs, live))
-    configs = {p: recipes.recipe(p, str(folder), scale=options.steps_scale, steps=runs[p]["steps"]) for p in runs}
-
-    systems = {"ar": ("ar", configs["ar"]), "scratch": ("scratch", configs["scratch"])}
-    systems |= {f"b{b}": ("convert", recipes.at_block(configs["convert"], b)) for b in recipes.BLOCKS}
+      do = functools.partial(_train, part, folder, options, runs, live)
+      runs[part] = stages(part, recipes.TITLES[part], do)
+    opened = functools.cache(lambda part: saved.load_run(folder / part))
+    evaluator = functools.cache(lambda part: _evaluator(opened(part)))
     results = []
-    for name in evaluated:
-      part, cfg = systems[name]
-      title = _title(name)
-      found = stages(f"eval-{name}", f"held-out likelihood: {title}", lambda: _evaluate(part, cfg, folder))
-      results.append({"name": name, "title": title, "run": part, **found})
-    samples = stages("samples", "samples", lambda: _samples(systems, folder, evaluated))
+    for name, (part, block) in MODELS.items():
+      do = functools.partial(lambda part, block: evaluator(part)(opened(part).trees, 0, block), part, block)
+      found = stages(f"eval-{name}", f"held-out likelihood: {title(name)}", do)
+      results.append({"name": name, "title": title(name), "run": part, "block": block, **found})
+    samples = stages("samples", "samples", lambda: _samples(opened))
 
     live.stage("", "writing summary.json and report.html")
-    summary = _summary(facts, runs, results, samples, configs, options)
+    summary = _summary(facts, runs, results, samples, folder, options)
     _write_json(folder / "summary.json", summary)
     report.write(summary, folder, folder / "report.html")
     live.write(table(summary) + "\n")
@@ -139,7 +139,8 @@ def quickstart(root: str, options: Options = Options(), out=None) -> dict:
   return summary
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+  """A name of MODELS in words."""
   titles = {"ar": "autoregressive", "scratch": "masked diffusion, from scratch"}
   return titles.get(name) or f"converted, blocks of {name[1:]}"
 
@@ -151,7 +152,7 @@ def _prepare(root: pathlib.Path) -> dict:
   out = root / "data"
   if not out.exists():
     progress = prepare.Progress()
-    texts = prepare.read_python(progress, recipes.SOURCE_BYTES)
+    texts = prepare.read_python(progress, recipes.FILES)
     prepare.prepare(
       texts, str(out), tokenizer=recipes.TOKENIZER, heldout=recipes.HELD_OUT, progress=progress
     )
@@ -180,70 +181,58 @@ def _train(part: str, root: pathlib.Path, options: Options, runs: dict, live: Li
     "flops": flops,
     "tokens": tokens,
     "parameters": sum(int(x.size) for x in jax.tree.leaves(run.state.trees["model"])),
-    "ledger": {k: v for k, v in spent.items() if k in ("init", "compile", "step", "data", "save", "restore")},
+    "ledger": {k: spent[k] for k in ("init", "compile", "step", "data", "save", "restore") if k in spent},
   }
 
 
-def _evaluate(part: str, cfg, root: pathlib.Path) -> dict:
-  parts = system.build(cfg)
-  mesh = meshes.make_mesh(config.build(meshes.MeshConfig, cfg.mesh, "mesh"))
-  with rules.use_mesh(mesh):
-    trees = {"model": load(parts, root / part, mesh)}
-    held = evals.Evaluator(config.build(evals.EvalConfig, cfg.eval, "eval"), parts, mesh, jax.random.key(int(cfg.seed)))
-    return held(trees)
+def _evaluator(run: saved.Run) -> evals.Evaluator:
+  ecfg = config.build(evals.EvalConfig, run.cfg.eval, "eval")
+  return evals.Evaluator(ecfg, run.parts, run.mesh, jax.random.key(int(run.cfg.seed)))
 
 
-def load(parts: system.System, workdir: pathlib.Path, mesh):
-  """The parameters that a run left in its workdir, from its newest verified checkpoint."""
-  shapes = parts.model.abstract_params()
-  placed = rules.sharding_tree(mesh, parts.model.logical_axes(), shapes)
-  abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, placed)
-  return initialisation.load_tree(str(workdir), "model", abstract)[0]
+def _samples(opened: Callable[[str], saved.Run]) -> dict:
+  """The same prompts continued by every model."""
+  return {"models": {name: draw(opened(p), block, NEW_TOKENS) for name, (p, block) in MODELS.items()}}
 
 
-def _samples(systems: dict, root: pathlib.Path, names: list[str]) -> dict:
-  """The same prompts continued by every model: tokens, their text, and the step each was committed at."""
-  out = {}
-  for name in names:
-    part, cfg = systems[name]
-    parts = system.build(cfg)
-    mesh = meshes.make_mesh(config.build(meshes.MeshConfig, cfg.mesh, "mesh"))
-    with rules.use_mesh(mesh):
-      out[name] = draw(parts, load(parts, root / part, mesh), int(cfg.seed))
-  return {"models": out}
+def draw(run: saved.Run, block: int, new: int) -> dict:
+  """Samples of one model.
 
+  Args:
+    block: block size to decode with; 0 is the trained one.
+    new: tokens to generate behind each prompt.
 
-def draw(parts: system.System, params, seed: int, new: int = NEW_TOKENS) -> dict:
-  """Samples of one model; see docs/sampling.md."""
-  tokenizer, meta = parts.data.tokenizer, parts.data.meta
-  sampler = sampling.build(
-    parts.cfg.sampler, parts.objective, parts.model, latent=parts.latent, meta={"eos": meta.specials["eos"]}
-  )
-  prompts = [[meta.specials["bos"], *tokenizer.encode(p).tolist()] for p in PROMPTS]
-  longest = max(map(len, prompts))
-  row = sampling.prompt_row(prompts, longest + new, new, pad=meta.specials["pad"])
-  got = jax.device_get(sampler(params, row, jax.random.key(seed)))
+  Returns:
+    "rows": per prompt the "text" of every token and the "step" it was committed at (−1: given); "steps",
+    "forwards" of the loop; "sampler", its settings.
+  """
+  section = config.plain(run.cfg.sampler) | {"block": block}
+  with rules.use_mesh(run.mesh), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="sampler.block")  # other block sizes are the point
+    sampler = saved.sampler_of(run.parts, run.step, section)
+    row = saved.text_row(run.parts, sampler, PROMPTS, new)
+    got = jax.device_get(sampler(run.trees["model"], row, jax.random.key(int(run.cfg.seed))))
   rows = []
   for tokens, at, length in zip(got.tokens, got.committed_at, got.lengths):
-    n = int(length)
-    rows.append({
-      "text": [tokenizer.decode([t]) for t in tokens[1:n]],
-      "step": [int(s) for s in at[1:n]],
-    })  # fmt: skip
-  return {"rows": rows, "steps": int(got.steps), "forwards": int(got.forwards), "sampler": config.plain(parts.cfg.sampler)}
+    shown = range(1, int(length))  # behind BOS
+    text = [run.parts.data.tokenizer.decode([tokens[i]]) for i in shown]
+    rows.append({"text": text, "step": [int(at[i]) for i in shown]})
+  counts = {"steps": int(got.steps), "forwards": int(got.forwards)}
+  return {"rows": rows, "sampler": section, **counts}
 
 
 # ------------------------------------------------------------------------------------------ summary
 
 
-def _summary(facts, runs, results, samples, configs, options) -> dict:
+def _summary(facts, runs, results, samples, folder, options) -> dict:
   """What the report is made of. Whatever a second run may measure differently is under "measured"."""
   clocks = ("seconds", "cpu_seconds", "ledger")
   still = lambda d: {k: v for k, v in d.items() if k not in clocks}
   table, before = [], {"ar": ("ar",), "convert": ("ar", "convert"), "scratch": ("scratch",)}
   for r in results:
     parts = before[r["run"]]
-    table.append(still(r) | {"train": {k: sum(runs[p][k] for p in parts) for k in ("steps", "tokens", "flops")}})
+    cost = {k: sum(runs[p][k] for p in parts) for k in ("steps", "tokens", "flops")}
+    table.append(still(r) | {"train": cost})
   bound = {r["name"]: r["bits_per_byte"] for r in table}
   return {
     "options": dataclasses.asdict(options),
@@ -252,7 +241,7 @@ def _summary(facts, runs, results, samples, configs, options) -> dict:
     "results": table,
     "converted_beats_scratch": all(bound[f"b{b}"] < bound["scratch"] for b in recipes.BLOCKS),
     "samples": still(samples),
-    "configs": {p: config.plain(c) for p, c in configs.items()},
+    "configs": {p: json.loads((folder / p / "config.json").read_text()) for p in runs},
     "measured": {
       "seconds": {
         "data": facts["seconds"], "samples": samples["seconds"],
@@ -353,10 +342,10 @@ def main(argv: list[str] | None = None) -> int:
   """`genmodels quickstart`."""
   p = argparse.ArgumentParser(
     prog="genmodels quickstart",
-    description="Train, convert, evaluate and sample a small model on this machine; the same command again continues.",
+    description="Train, convert, evaluate and sample a small model here; the same command again continues.",
   )
-  p.add_argument("--workdir", help="folder of runs and report (default runs/quickstart, with --smoke runs/smoke)")
-  p.add_argument("--smoke", action="store_true", help="two minutes: train, kill, resume, convert, sample; no report")
+  p.add_argument("--workdir", help="folder of runs and report (default runs/quickstart or runs/smoke)")
+  p.add_argument("--smoke", action="store_true", help="train, kill, resume, convert, sample; no report")
   p.add_argument("--steps-scale", type=float, default=1.0, help="factor on the lengths of the runs")
   args = p.parse_args(argv)
   if args.smoke:

@@ -18,9 +18,8 @@ import time
 
 import numpy as np
 
-from genmodels import config, system, train
-from genmodels.parallel import mesh as meshes
-from genmodels.parallel import rules
+from genmodels import config, train
+from genmodels.sampling import run as saved
 
 STEPS, SAVE = 40, 10
 
@@ -32,8 +31,8 @@ class SmokeError(RuntimeError):
 def overrides(part: str, root: pathlib.Path) -> list[str]:
   """Command-line overrides of the tiny configs."""
   out = [
-    f"train.steps={STEPS}", f"train.save_every={SAVE}", "train.log_every=1", "train.tensorboard=false", "eval.every=0",
-    f"data.path={root / 'data'}",
+    f"train.steps={STEPS}", f"train.save_every={SAVE}", "train.log_every=1", "train.tensorboard=false",
+    "eval.every=0", f"data.path={root / 'data'}",
   ]  # fmt: skip
   if part == "bd3lm":
     out.append(f"init={{'kind': 'workdir', 'path': {str(root / 'ar')!r}}}")
@@ -54,7 +53,9 @@ def smoke(workdir: str, out=None) -> int:
   root = pathlib.Path(workdir).resolve()
   if root.exists():
     if not (root / "smoke.json").exists():
-      raise config.ConfigError("no smoke run's folder", key="workdir", value=str(root), fix="give another --workdir")
+      raise config.ConfigError(
+        "exists and is no earlier smoke run", key="workdir", value=str(root), fix="give another --workdir"
+      )
     shutil.rmtree(root)
   root.mkdir(parents=True)
   (root / "smoke.json").write_text("{}")
@@ -73,26 +74,22 @@ def smoke(workdir: str, out=None) -> int:
   differ = [s for s, v in killed.items() if again[s] != v]
   if differ:
     raise SmokeError(f"after the restart the losses of steps {differ} are others than before it")
-  say(f"      went on from step {starts[-1]}; {len(killed)} losses logged before the kill are repeated bit for bit")
+  say(f"      went on from step {starts[-1]}; the losses logged before the kill are repeated bit for bit")
 
   say("[3/4] conversion to block diffusion")
   run.keep_compiled(root)
   cfg = config.load("language/bd3lm:tiny", overrides("bd3lm", root))
   trained = train.train(cfg, str(root / "bd3lm"), out=out)
-  first, last = (np.mean([losses(root / "bd3lm")[s] for s in r]) for r in (range(1, 6), range(STEPS - 4, STEPS + 1)))
+  curve = losses(root / "bd3lm")
+  first, last = (float(np.mean([curve[s + d] for d in range(8)])) for s in (1, STEPS - 7))
   if not last < first:
-    raise SmokeError(f"the block-diffusion loss did not fall: {first:.3f} at the start, {last:.3f} at the end")
+    raise SmokeError(f"the block-diffusion loss did not fall: from {first:.3f} to {last:.3f}")
 
   say("[4/4] samples")
   for part in ("ar", "bd3lm"):
-    cfg = config.load(f"language/{part}:tiny", overrides(part, root))
-    parts = system.build(cfg)
-    mesh = meshes.make_mesh(config.build(meshes.MeshConfig, cfg.mesh, "mesh"))
-    with rules.use_mesh(mesh):
-      drawn = run.draw(parts, run.load(parts, root / part, mesh), seed=0, new=24)
-    for row in drawn["rows"]:
-      if any(s < 0 for s in row["step"][len(row["step"]) - 1 :]):
-        raise SmokeError(f"{part}: a sampled row ends in tokens that were never committed")
+    drawn = run.draw(saved.load_run(root / part), block=0, new=24)
+    if any(step < 0 for row in drawn["rows"] for step in row["step"][-1:]):
+      raise SmokeError(f"{part}: a sampled row ends in a token that was never committed")
     say(f"      {part}: {''.join(drawn['rows'][0]['text'])!r}")
   say(f"smoke: ok, {trained.step} steps, {time.monotonic() - began:.0f} s")
   return 0
@@ -115,7 +112,7 @@ def kill_after_save(root: pathlib.Path) -> tuple[dict[int, float], int]:
   try:
     while True:
       if process.poll() is not None:
-        raise SmokeError(f"training ended by itself (status {process.returncode}); {_tail(root / 'killed.log')}")
+        raise SmokeError(f"training ended with status {process.returncode}; {_tail(root / 'killed.log')}")
       done, saved = losses(root / "ar"), complete(root / "ar")
       if saved and max(done, default=0) > max(saved):
         break
@@ -159,7 +156,8 @@ def ledger(workdir: pathlib.Path) -> list[dict]:
 
 
 def _environment(root: pathlib.Path) -> dict[str, str]:
-  return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(root / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+  cache = {"JAX_COMPILATION_CACHE_DIR": root / "cache", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.5}
+  return os.environ | {k: str(v) for k, v in cache.items()}
 
 
 def _tail(log: pathlib.Path) -> str:

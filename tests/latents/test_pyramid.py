@@ -1,4 +1,4 @@
-"""The integer pyramid: lossless, bounded, and VAR's identities between its parts (vision.md §3.1 h, §19.4)."""
+"""The integer pyramid: lossless, bounded, and VAR's identities between its parts."""
 
 import itertools
 

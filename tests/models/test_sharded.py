@@ -1,5 +1,7 @@
 """The same numbers on one device and on meshes of eight: outputs, gradients, init, cached decoding."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,8 @@ from . import cases
 
 MESHES = [
   dict(data=2, fsdp=2, tensor=2),
-  dict(data=1, fsdp=1, tensor=4, context=2),  # two key heads on four tensor shards
+  # Two key heads on four tensor shards.
+  pytest.param(dict(data=1, fsdp=1, tensor=4, context=2), marks=pytest.mark.slow),
 ]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 host devices")
@@ -38,16 +41,22 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
   def loss(p, x, t):
     out = model.apply(p, x, t).dists["t"]
     sampled = out.sample(jax.random.key(0))
-    return out.nll(t["t"].value).sum(), (out.entropy().sum(), sampled)
+    return out.nll(t["t"].value).sum(), sampled
 
   f = lambda: jax.jit(jax.value_and_grad(loss, has_aux=True))
-  (want, (entropy, ids)), grads = f()(params, x, t)
+  (want, ids), grads = f()(params, x, t)
   mesh = make_mesh(MeshConfig(**sizes))
   shardings = sharding_tree(mesh, model.logical_axes(), model.abstract_params())
   with use_mesh(mesh):
-    (got, (entropy2, ids2)), grads2 = f()(jax.device_put(params, shardings), x, t)
+    args = jax.device_put(params, shardings), x, t
+    compiled = f().lower(*args).compile()
+    (got, ids2), grads2 = compiled(*args)
+  # The partitioner's last resort, seen where a gather from a table sharded both ways is left to it.
+  lost = re.findall(
+    r'(?:collective-permute|all-to-all)\(.*op_name="[^"]*(?:gather|scatter-add)"', compiled.as_text()
+  )
+  assert not lost, lost
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  np.testing.assert_allclose(entropy2, entropy, rtol=1e-5)
   np.testing.assert_array_equal(ids2, ids)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), grads2, grads)
 

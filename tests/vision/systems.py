@@ -12,7 +12,7 @@ from genmodels.contracts import token_row
 from genmodels.objectives import Nets
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Digits:
   latent: object
   objective: object
@@ -40,7 +40,12 @@ class Digits:
 @functools.cache
 def build(name: str, *overrides: str, seed=0) -> Digits:
   """The system of a config file, narrowed; every parameter drawn away from 0 and 1."""
-  size = ("model.width=32", "model.layers=1" if "multimodal" in name else "model.layers=2", "model.num_heads=2", "model.mlp=48")
+  size = (
+    "model.width=32",
+    "model.layers=1" if "multimodal" in name else "model.layers=2",
+    "model.num_heads=2",
+    "model.mlp=48",
+  )
   cfg = config.load(name, [*size, *overrides])
   latent = latents.build(cfg.latent)
   objective = objectives.build(cfg.objective, latent.meta)
@@ -52,7 +57,10 @@ def shake(params, seed=0, scale=0.3):
   """Parameters plus noise: zero-initialised gates and heads would make every test pass trivially."""
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(seed)
-  return jax.tree.unflatten(tree, [x + scale * rng.normal(size=x.shape).astype(x.dtype) / np.sqrt(max(x.shape[-1], 1)) for x in leaves])
+  return jax.tree.unflatten(
+    tree,
+    [x + scale * rng.normal(size=x.shape).astype(x.dtype) / np.sqrt(max(x.shape[-1], 1)) for x in leaves],
+  )
 
 
 def logits(dist):

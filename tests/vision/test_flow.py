@@ -67,7 +67,9 @@ def after_one_step(digits, objective, accumulate):
 
 def difference(a, b):
   """Largest difference of two trees, relative to the largest change that the step made."""
-  size = max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(system().params)))
+  size = max(
+    float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(system().params))
+  )
   return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))) / size
 
 
@@ -79,19 +81,21 @@ def test_one_step_equals_four_micro_batches():
   for name in ("loss", "loss/text", "loss/image", "denominator/text", "denominator/image"):
     assert float(metrics[name]) == pytest.approx(float(again[name]), rel=1e-5)
   assert float(metrics["denominator/image"]) == 7 * PATCHES
-  wrong = DividesInside(**{f.name: getattr(digits.objective, f.name) for f in dataclasses.fields(TextImageFlow)})
+  wrong = DividesInside(
+    **{f.name: getattr(digits.objective, f.name) for f in dataclasses.fields(TextImageFlow)}
+  )
   assert difference(one, after_one_step(digits, wrong, 4)[0]) > 1e-2
 
 
-def hidden(digits, row):
-  noise = digits.objective.corruption.draw(row, jax.random.key(0), 0)
+@jax.jit
+def prepare(row, step):
+  digits = system()
+  return digits.objective.prepare(row, jax.random.key(0), step, digits.latent)
 
-  @jax.jit
-  def run(row):
-    inputs, _ = digits.objective.view(row, noise, latent=digits.latent)
-    return digits.nets["model"](inputs, {}).layers["hidden"]
 
-  return np.asarray(run(row))
+@jax.jit
+def forward(params, inputs, targets):
+  return system().model.apply(params, inputs, targets)
 
 
 def test_leak_by_perturbation():
@@ -106,7 +110,7 @@ def test_leak_by_perturbation():
     r, c = 2 * (j // 4), 2 * (j % 4)
     pixels[1 + WORDS + j, 0, r : r + 2, c : c + 2] = 16 - pixels[1 + WORDS + j, 0, r : r + 2, c : c + 2]
   row = row.replace(tokens=jnp.asarray(tokens), docs=row.docs.replace(side={"pixels": jnp.asarray(pixels)}))
-  out = hidden(digits, row)
+  out = np.asarray(forward(digits.params, prepare(row, 0)[0], {}).layers["hidden"])
   moved = np.abs(out[1:] - out[:1]).max(-1) > 0
   n = np.arange(WORDS + PATCHES)
   assert not moved[n[:, None] > n].any()
@@ -117,9 +121,11 @@ def test_targets_are_the_next_patches():
   """The slot before a patch predicts it, the last word's slot the first one; words have words as targets."""
   digits = system()
   row = row_of(4)
-  inputs, targets, denominators = digits.objective.prepare(row, jax.random.key(0), 0, digits.latent)
+  inputs, targets, denominators = prepare(row, 0)
   image, text = targets["image"], targets["text"]
-  np.testing.assert_array_equal(np.asarray(image.slot)[0], [-1] * WORDS + list(range(WORDS - 1, WORDS + PATCHES - 1)))
+  np.testing.assert_array_equal(
+    np.asarray(image.slot)[0], [-1] * WORDS + list(range(WORDS - 1, WORDS + PATCHES - 1))
+  )
   np.testing.assert_array_equal(np.asarray(text.slot)[0], [-1, *range(WORDS - 1)] + [-1] * PATCHES)
   patches = np.asarray(digits.latent.encode(row.docs.side["pixels"][:, 0]))
   np.testing.assert_array_equal(np.asarray(image.value)[:3, WORDS:], patches[:3])
@@ -130,9 +136,8 @@ def test_targets_are_the_next_patches():
 
 def test_noise_lies_on_the_path():
   """z = (1 − t)·x + t·ε with ε standard normal and t logit-normal, keyed by the document, not its row."""
-  digits = system()
   row = row_of(64)
-  make = jax.jit(lambda row, step: digits.objective.prepare(row, jax.random.key(0), step, digits.latent)[1]["image"])
+  make = lambda row, step: prepare(row, step)[1]["image"]
   image = make(row, 3)
   z, t = np.asarray(image.given["z"])[:-1, WORDS:], np.asarray(image.given["t"])[:-1, WORDS:]
   x = np.asarray(image.value)[:-1, WORDS:]
@@ -155,27 +160,33 @@ def test_caption_likelihood_ignores_the_image_term():
   run = jax.jit(functools.partial(digits.objective.bound, digits.nets), static_argnums=(3,))
   nll, count = run(row, jax.random.key(0), 0, 1)
   np.testing.assert_array_equal(np.asarray(count)[:, 0], [5, 4, 3, 2])
-  inputs, targets, _ = digits.objective.prepare(row, jax.random.key(9), 5, digits.latent)
-  sums, metrics = digits.objective.loss(digits.nets["model"](inputs, targets), targets)
-  np.testing.assert_allclose(np.asarray(nll)[:, 0], np.asarray(metrics["per_token"]["text"].sum(1)), rtol=1e-5)
+  inputs, targets, _ = prepare(row, 5)
+  outputs = forward(digits.params, inputs, targets)
+  sums, metrics = jax.jit(digits.objective.loss)(outputs, targets)
+  np.testing.assert_allclose(
+    np.asarray(nll)[:, 0], np.asarray(metrics["per_token"]["text"].sum(1)), rtol=1e-5
+  )
   assert float(sums["image"]) > 0
 
 
 def test_oracle_velocity_recovers_the_patch():
   """Euler steps along ε − x, from t = 1 to 0, end at x: the head's convention is the objective's."""
   digits = system()
-  row = row_of(2)
-  inputs, targets, _ = digits.objective.prepare(row, jax.random.key(0), 0, digits.latent)
-  dist = digits.nets["model"](inputs, {"image": targets["image"]}).dists["image"]
+  inputs, targets, _ = prepare(row_of(4), 0)
+  dist = forward(digits.params, inputs, targets).dists["image"]
   x = targets["image"].value
 
   class Oracle(type(dist)):
     def velocity(self, z, t):
       clean = x if z.ndim == 3 else x[:, :, None]
-      return (z - clean) / jnp.maximum(jnp.asarray(t), 1e-4)[..., None] if jnp.ndim(t) else (z - clean) / t
+      return (z - clean) / jnp.maximum(jnp.broadcast_to(t, z.shape[:-1]), 1e-4)[..., None]
 
-  oracle = Oracle(**{f.name: getattr(dist, f.name) for f in dataclasses.fields(dist)})
+  fields = {f.name: getattr(dist, f.name) for f in dataclasses.fields(dist)}
   valid = np.asarray(dist.valid)
-  got = np.asarray(oracle.sample(jax.random.key(1), steps=4))
+  got = np.asarray(jax.jit(lambda key: Oracle(**fields).sample(key, steps=4))(jax.random.key(1)))
   np.testing.assert_allclose(got[valid], np.asarray(x)[valid], atol=1e-5)
-  assert float(jnp.abs(oracle.nll(x)).max()) < 1e-6 < float(dist.nll(x)[valid].mean())
+  assert (
+    float(jnp.abs(Oracle(**fields).nll(x)).max())
+    < 1e-6
+    < float(jax.jit(type(dist).nll)(dist, x)[valid].mean())
+  )

@@ -1,9 +1,11 @@
 """Next-token and next-scale image modelling: what each slot knows, decoding = training, exact likelihoods.
 
-vision.md §19: 1 (teacher-forced = cached logits), 3 (leaks), 8 (guidance branches), 14 (RoPE), 17 (packing).
+Teacher-forced logits are the cached ones, no slot knows its answer, probabilities sum to one, dropped
+classes, packing, and positions that only count relative to each other.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -39,29 +41,32 @@ def small_row(digits, count=2, seed=0):
   return row.replace(docs=row.docs.replace(side=side))
 
 
-def one_pass(digits, row, noise=None, params=None):
-  """float32[B, N, V] logits of the one training pass, and the row with its codes."""
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(digits, params, row, drop):
+  """float32[B, N, V] logits of the one training pass, conditions dropped where `drop` bool[B, D] says so."""
   row = digits.objective.encoded(row, digits.latent)
-  noise = digits.objective.corruption.draw(row, jax.random.key(0), 0, bound=(0, 1)) if noise is None else noise
+  noise = digits.objective.corruption.draw(row, jax.random.key(0), 0, bound=(0, 1)).replace(drop=drop)
+  inputs, read = digits.objective.view(row, noise, latent=digits.latent)
+  target, _ = digits.objective.target(row, noise, read["text"], digits.objective.terms["text"])
+  return systems.logits(digits.model.apply(params, inputs, {"text": target}).dists["text"]), row
 
-  @jax.jit
-  def run(params, row):
-    inputs, read = digits.objective.view(row, noise, latent=digits.latent)
-    target, _ = digits.objective.target(row, noise, read["text"], digits.objective.terms["text"])
-    return systems.logits(digits.model.apply(params, inputs, {"text": target}).dists["text"])
 
-  return np.asarray(run(digits.params if params is None else params, row)), row
+def one_pass(digits, row, drop=None):
+  """Logits of the training pass, and the row with its codes."""
+  drop = np.zeros(row.docs.occurrence.shape, bool) if drop is None else drop
+  logits, row = logits_of(digits, digits.params, row, jnp.asarray(drop))
+  return np.asarray(logits), row
 
 
 def decode(digits, row, groups):
   """Logits of the same codes, computed group by group with a cache; later codes are garbage meanwhile.
 
   Args:
-    groups: [(tokens whose slots are computed, tokens read)].
+    groups: [(tokens whose slots are computed, tokens read)]; the shorter ones are filled with empty slots.
   """
-  obj, model, N = digits.objective, digits.model, row.tokens.shape[1]
-  B, out, done = row.tokens.shape[0], {}, 0
-  cache = model.init_cache(B, N)
+  obj, model, (B, N) = digits.objective, digits.model, row.tokens.shape
+  cache, out = model.init_cache(B, N), {}
+  A = max(len(slots) for slots, _ in groups)
 
   @jax.jit
   def call(params, row, committed, only, cache):
@@ -72,12 +77,11 @@ def decode(digits, row, groups):
     return systems.logits(outputs.dists["text"]), write_cache(cache, outputs.new, only[..., 1] >= 0)
 
   for slots, read in groups:
-    done = min(read)
-    known = np.arange(N) < done
-    partial = row.replace(tokens=jnp.where(known, row.tokens, 11))
-    only = np.stack([np.zeros(len(slots), np.int32), np.asarray(slots, np.int32)], -1)
-    only = jnp.asarray(np.broadcast_to(only, (B, *only.shape)))
-    logits, cache = call(digits.params, partial, jnp.broadcast_to(known, (B, N)), only, cache)
+    known = np.arange(N) < min(read)
+    partial = row.replace(tokens=np.where(known, row.tokens, 11))
+    only = np.full((B, A, 2), -1, np.int32)
+    only[:, : len(slots)] = np.stack([np.zeros(len(slots), np.int32), slots], -1)
+    logits, cache = call(digits.params, partial, np.broadcast_to(known, (B, N)), only, cache)
     for n in read:
       out[n] = np.asarray(logits)[:, n]
   return np.stack([out[n] for n in sorted(out)], 1)
@@ -104,9 +108,10 @@ def test_next_scale_cached_decode_equals_one_pass():
 
 def leaks(digits):
   """bool[N, N]: whether changing code i moves the logits of code j."""
-  obj = digits.objective
-  row = obj.encoded(small_row(digits, 1), digits.latent)
-  p, N = obj.prefix, row.tokens.shape[1]
+  p = digits.objective.prefix
+  row = one_pass(digits, small_row(digits))[1]
+  row = jax.tree.map(lambda x: x[:1], row)
+  N = row.tokens.shape[1]
   tokens = np.tile(np.asarray(row.tokens), (N - p + 1, 1))
   for i in range(N - p):
     tokens[i + 1, p + i] = (tokens[i + 1, p + i] + 3) % digits.latent.vocab
@@ -162,14 +167,15 @@ def test_probabilities_sum_to_one(name):
 @pytest.mark.parametrize("name", [RASTER, SCALES])
 def test_dropped_condition_is_the_null_class(name):
   digits = small(name)
-  obj, row = digits.objective, small_row(digits, 3)
-  noise = obj.corruption.draw(row, jax.random.key(0), 0, bound=(0, 1))
-  assert noise.drop is None  # likelihoods are conditional
-  cond, _ = one_pass(digits, row, noise)
-  null, _ = one_pass(digits, row, noise.replace(drop=jnp.array([[True], [False], [True]])))
-  side = row.docs.side | {"label": jnp.full((3, 1), obj.classes)}
-  want, _ = one_pass(digits, row.replace(docs=row.docs.replace(side=side)), noise)
-  np.testing.assert_array_equal(null[[0, 2]], want[[0, 2]])
+  obj, row = digits.objective, small_row(digits)
+  assert (
+    obj.corruption.dropped(row, jax.random.key(0), 0, bound=(0, 1)) is None
+  )  # likelihoods are conditional
+  cond, _ = one_pass(digits, row)
+  null, _ = one_pass(digits, row, [[True], [False]])
+  side = row.docs.side | {"label": jnp.full((2, 1), obj.classes)}
+  want, _ = one_pass(digits, row.replace(docs=row.docs.replace(side=side)))
+  np.testing.assert_array_equal(null[0], want[0])
   np.testing.assert_array_equal(null[1], cond[1])
   assert np.abs(null[0, 1:] - cond[0, 1:]).max() > 1e-3
 
@@ -206,11 +212,13 @@ def test_packed_rows_equal_separate_rows(name):
 def test_rope_is_relative_in_two_axes():
   """Moving the whole grid moves no logit; moving one row of it does. The class slot has no position."""
   digits = small(RASTER)
-  row = digits.objective.encoded(small_row(digits), digits.latent)
-  noise = digits.objective.corruption.draw(row, jax.random.key(0), 0, bound=(0, 1))
-  inputs, read = digits.objective.view(row, noise, latent=digits.latent)
-  target, _ = digits.objective.target(row, noise, read["text"], digits.objective.terms["text"])
-  run = jax.jit(lambda pos: digits.nets["model"](inputs.replace(pos=pos), {"text": target}).layers["hidden"])
+
+  @jax.jit
+  def view(row):
+    return digits.objective.prepare(row, jax.random.key(0), 0, digits.latent, bound=(0, 1))[0]
+
+  inputs = view(small_row(digits))
+  run = jax.jit(lambda pos: digits.nets["model"](inputs.replace(pos=pos), {}).layers["hidden"])
   pos = np.array(inputs.pos)
   np.testing.assert_array_equal(pos[0, :6], [[-1, -1], [0, 0], [0, 1], [0, 2], [0, 3], [1, 0]])
   base = np.asarray(run(pos))

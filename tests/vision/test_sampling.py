@@ -1,6 +1,7 @@
-"""Images through the one sampling loop: steps, caches, guidance, the same tokens on any mesh (vision.md §19.8, 18)."""
+"""Images through the one sampling loop: steps, caches, guidance, the same tokens on any mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,11 @@ from tests.vision.test_image import RASTER, SCALES, one_pass, small
 
 LABELS = np.arange(4)
 BOTH = [pytest.param(RASTER, marks=pytest.mark.slow), SCALES]
+
+
+@functools.cache
+def plain_sampler(name):
+  return sampler(name)
 
 
 def sampler(name, **section):
@@ -52,29 +58,27 @@ def test_raster_takes_one_step_a_pixel():
 
 @pytest.mark.parametrize("name", BOTH)
 def test_guidance_ends_at_its_branches(name):
-  """s = 0 draws the null class's tokens, s = 1 those of the condition, in one branch; s = 3 others."""
-  digits, plain = sampler(name)
+  """s = 1 is one branch, the conditional one; s = 0 draws the null class's tokens from two."""
+  digits, plain = plain_sampler(name)
   cond = draw(digits, plain)
   null = draw(digits, plain, labels=np.full(4, digits.objective.classes))
   _, zero = sampler(name, guidance={"scale": 0.0})
-  _, one = sampler(name, guidance={"scale": 1.0})
-  _, three = sampler(name, guidance={"scale": 3.0})
-  assert (plain.branches, one.branches, zero.branches) == (1, 1, 2)
-  tokens = lambda r: np.asarray(r.tokens)
-  np.testing.assert_array_equal(tokens(draw(digits, one)), tokens(cond))
-  np.testing.assert_array_equal(tokens(draw(digits, zero)), tokens(null))
-  assert (tokens(null) != tokens(cond)).any() and (tokens(draw(digits, three)) != tokens(cond)).any()
+  assert (plain.branches, zero.branches) == (1, 2) and plain.cfg.guidance.scale == 1
+  np.testing.assert_array_equal(np.asarray(draw(digits, zero).tokens), np.asarray(null.tokens))
+  assert (np.asarray(null.tokens) != np.asarray(cond.tokens)).any()
 
 
 def test_var_schedule():
-  """s = 1 + τ with τ = cfg·k/(K − 1): 1 at the first scale, 1 + cfg at the last (vision.md §1.1)."""
+  """s = 1 + τ with τ = cfg·k/(K − 1): 1 at the first scale, 1 + cfg at the last."""
   guidance = sampling.Guidance(scale=2.5, schedule="linear", over="units")
   r = jnp.arange(10) / 9
   np.testing.assert_allclose(np.asarray(guidance(r)), 1 + 1.5 * np.arange(10) / 9, rtol=1e-6)
   digits, made = sampler(SCALES, guidance=dataclasses.asdict(guidance))
   row = digits.objective.blank(LABELS, digits.latent)
   s, seen = made.start(digits.params, row, 0), []
-  step = jax.jit(lambda s: (made.progress(s, made.ask(row, s)), made.step(digits.params, row, s, jax.random.key(0))))
+  step = jax.jit(
+    lambda s: (made.progress(s, made.ask(row, s)), made.step(digits.params, row, s, jax.random.key(0)))
+  )
   for _ in digits.latent.sizes:
     r, s = step(s)
     seen.append(np.asarray(r))
@@ -84,14 +88,14 @@ def test_var_schedule():
 @pytest.mark.parametrize("name", BOTH)
 def test_same_key_same_tokens_on_any_mesh(name):
   """Draws are keyed by the image, not by its place: four devices and another batch order change nothing."""
-  digits, made = sampler(name, guidance={"scale": 1.5})
+  digits, made = plain_sampler(name)
   want = np.asarray(draw(digits, made).tokens)
   row = digits.objective.blank(LABELS, digits.latent)
   turned = jax.tree.map(lambda x: x[::-1], row)
   np.testing.assert_array_equal(np.asarray(made(digits.params, turned, jax.random.key(0)).tokens)[::-1], want)
   assert (np.asarray(draw(digits, made, seed=1).tokens) != want).any()
   mesh = meshes.make_mesh(meshes.MeshConfig(data=4), jax.devices()[:4])
-  _, again = sampler(name, guidance={"scale": 1.5})
+  again = dataclasses.replace(made)  # compiled anew
   with rules.use_mesh(mesh):
     spread = jax.device_put(row, rules.row_sharding(mesh))
     params = jax.device_put(digits.params, rules.replicated(mesh))

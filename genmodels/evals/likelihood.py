@@ -97,14 +97,15 @@ class Likelihood:
   def __init__(self, objective, fns: Mapping[str, Callable], latent: Any = None, draws: int = 16):
     check(objective)
     self.objective, self.fns, self.latent = objective, fns, latent
-    self.draws = draws if objective.layout.noisy else 1  # nothing is hit: the likelihood is exact
+    self.draws = 1 if self.exact else draws
     mesh = current_mesh()
     out = rules.replicated(mesh) if mesh is not None else None
     self._one = jax.jit(self._bound, out_shardings=out)
 
   @property
   def exact(self) -> bool:
-    return not self.objective.layout.noisy
+    """The term is read from the clean stream, which no noise reaches: every draw is the likelihood itself."""
+    return self.objective.terms[self.objective.likelihood].stream == CLEAN
 
   def _bound(self, trees, row, key, r):
     nets = bind(self.fns, trees, self.latent, player="")

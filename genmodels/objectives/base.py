@@ -226,7 +226,9 @@ class Objective:
       if bound is not None:
         if name != self.likelihood:
           continue
-        term = dataclasses.replace(term, weight="nelbo", normaliser="all_valid")
+        # No noise reaches the clean stream: its cross-entropy is the likelihood, whatever a noisy copy drew.
+        weight = "one" if term.stream == CLEAN else "nelbo"
+        term = dataclasses.replace(term, weight=weight, normaliser="all_valid")
       targets[name], denominators[name] = self.target(row, noise, read[name], term)
     return inputs, targets, denominators
 

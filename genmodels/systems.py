@@ -64,7 +64,17 @@ def all_systems() -> list[System]:
 def parser() -> argparse.ArgumentParser:
   p = argparse.ArgumentParser("genmodels systems", description="List the systems from the configs.")
   p.add_argument("--json", action="store_true", help="a list of objects, with the tests of each system")
+  p.add_argument("--markdown", action="store_true", help="the table as the README shows it")
   return p
+
+
+def markdown(systems: Sequence[System]) -> str:
+  """The table in Markdown: name, paper, arXiv link, number of tests."""
+  lines = ["| system | paper | arXiv | tests |", "|---|---|---|---|"]
+  for s in systems:
+    link = f"[{s.paper.arxiv}](https://arxiv.org/abs/{s.paper.arxiv})" if s.paper.arxiv else ""
+    lines.append(f"| `{s.name}` | {s.paper.title} | {link} | {len(s.tests)} |")
+  return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,6 +84,9 @@ def main(argv: Sequence[str]) -> None:
     print(
       json.dumps([config.resolved({"system": s})["system"] for s in systems], indent=2, ensure_ascii=False)
     )
+    return
+  if args.markdown:
+    print(markdown(systems))
     return
   table = [("system", "variants", "row", "arXiv", "tests", "paper")]
   for s in systems:

@@ -60,31 +60,28 @@ class Tally:
     """The result.
 
     Returns:
-      nats_per_token, bits_per_token, bits_per_byte (None without bytes), perplexity; stderr: of bits_per_token
-      over documents, as a sample of all documents (None for a single one); stderr_draws: what the finite
-      number of draws contributes, 0 for an exact likelihood; documents, tokens, bytes.
+      nats_per_token, bits_per_token, perplexity; bits_per_byte, where there are bytes; stderr: of
+      bits_per_token over documents, as a sample of all documents, where there are several; stderr_draws: what
+      the finite number of draws contributes, 0 for an exact likelihood; documents, tokens, bytes.
 
     Raises:
       ValueError: no document has a predicted token.
     """
-    nll, spread, n, size = (np.concatenate(x) if x else np.zeros(0) for x in (self.nll, self.spread, self.tokens, self.size))
+    nll, spread, n, size = (
+      np.concatenate(x) if x else np.zeros(0) for x in (self.nll, self.spread, self.tokens, self.size)
+    )
     total, tokens, count = nll.sum(), n.sum(), len(nll)
     if not tokens:
       raise ValueError("no document has a predicted token: is the held-out set empty?")
     ratio = total / tokens
     bits = 1 / math.log(2)
-    over = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens * bits if count > 1 else None
-    return {
-      "nats_per_token": ratio,
-      "bits_per_token": ratio * bits,
-      "bits_per_byte": total * bits / size.sum() if size.sum() else None,
-      "perplexity": math.exp(min(ratio, 700.0)),
-      "stderr": over,
-      "stderr_draws": math.sqrt(spread.sum()) / tokens * bits,
-      "documents": count,
-      "tokens": int(tokens),
-      "bytes": int(size.sum()),
-    }
+    out = {"nats_per_token": ratio, "bits_per_token": ratio * bits, "perplexity": math.exp(min(ratio, 700.0))}
+    if size.sum():
+      out["bits_per_byte"] = total * bits / size.sum()
+    if count > 1:
+      out["stderr"] = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens * bits
+    out["stderr_draws"] = math.sqrt(spread.sum()) / tokens * bits
+    return out | {"documents": count, "tokens": int(tokens), "bytes": int(size.sum())}
 
 
 class Likelihood:

@@ -44,7 +44,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; white-space:
 tr.best td { font-weight: 600; }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .45em; }
 .sample { background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .6rem .75rem;
-  margin: .5rem 0; font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace;
+  margin: .5rem 0; font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }
 .sample b { font-weight: 700; color: #111; }
 .bar { display: inline-block; width: 9rem; height: .7rem; border-radius: 3px; vertical-align: middle;
@@ -170,9 +170,9 @@ def _table_note(summary: dict) -> str:
 
 def _caption(summary: dict) -> str:
   return (
-    "Training loss in bits per byte (thin: every step, bold: running mean) against counted compute; dots are "
-    "the held-out values of the table. The conversion starts where pretraining ends; its loss is the bound at "
-    "the block size of the step, which the curriculum raises at the ticks."
+    "Training loss in bits per byte (thin: every step, bold: running mean) against counted compute; dots "
+    "are the held-out values of the table. The conversion starts where pretraining ends; its loss is the "
+    "bound at the block size of the step, which the curriculum raises at the ticks."
   )
 
 
@@ -284,19 +284,18 @@ def plot(summary: dict, loss: dict[str, list[dict]]):
   for r in summary["results"]:
     at = r["train"]["flops"] / 1e12
     ax.plot([at], [r["bits_per_byte"]], "o", ms=6, color=COLOURS[r["run"]], mec="white", mew=1, zorder=5)
-  last = {r["name"]: r for r in summary["results"]}
-  at = last["scratch"]["train"]["flops"] / 1e12
-  label = lambda name, text: ax.annotate(
-    text, (last[name]["train"]["flops"] / 1e12, last[name]["bits_per_byte"]), xytext=(8, 0),
-    textcoords="offset points", va="center", fontsize=9, color=COLOURS[last[name]["run"]],
-  )  # fmt: skip
-  label("scratch", f"{last['scratch']['bits_per_byte']:.2f}")
-  label("ar", f"{last['ar']['bits_per_byte']:.2f}")
-  for b in recipes.BLOCKS:
-    label(f"b{b}", f"B={b}: {last[f'b{b}']['bits_per_byte']:.2f}")
+  at = max(r["train"]["flops"] for r in summary["results"]) / 1e12
   span = top - low
-  ax.set_xlim(0, at * 1.17)
+  ax.set_xlim(0, at * 1.2)
   ax.set_ylim(low - 0.14 * span, top + 0.05 * span)
+  ends = sorted((r for r in summary["results"] if r["run"] != "ar"), key=lambda r: r["bits_per_byte"])
+  heights = spread([r["bits_per_byte"] for r in ends], 0.045 * 1.19 * span)
+  found = [(r, y) for r, y in zip(ends, heights)]
+  found += [(r, r["bits_per_byte"]) for r in summary["results"] if r["run"] == "ar"]
+  for r, y in found:
+    text = f"{r['bits_per_byte']:.2f}" + (f"  B={r['block']}" if r["block"] else "")
+    x = r["train"]["flops"] / 1e12 + 0.015 * at
+    ax.text(x, y, text, va="center", fontsize=8.5, color=COLOURS[r["run"]])
   size = summary["configs"]["convert"]["objective"]["corruption"]["blocks"]["size"]
   for b, s in zip(size["values"], size["at"]):
     x = (start["convert"] + runs["convert"]["flops"] * s / runs["convert"]["steps"]) / 1e12
@@ -310,6 +309,16 @@ def plot(summary: dict, loss: dict[str, list[dict]]):
   ax.set_axisbelow(True)
   ax.legend(frameon=False, loc="upper right")
   return fig
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+  """Rising values moved apart so that neighbours are at least `gap` apart, around where they were."""
+  out = list(values)
+  for _ in range(100):
+    for i in range(len(out) - 1):
+      if (short := gap - (out[i + 1] - out[i])) > 1e-9:
+        out[i], out[i + 1] = out[i] - short / 2, out[i + 1] + short / 2
+  return out
 
 
 def running_mean(y: Sequence[float], keep: float) -> list[float]:

@@ -28,14 +28,14 @@ def file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(file):
   small = [
-    "train.steps=4", "train.save_every=0", "train.tensorboard=false", "eval.documents=8", "eval.every=4",
+    "train.steps=8", "train.save_every=0", "train.tensorboard=false", "eval.documents=8", "eval.every=8",
     "eval.draws=2", "data.seq_len=32", "data.documents=12", "data.heldout=0.3",
   ]  # fmt: skip
   return train.train(config.load(str(file), small), str(file.parent / "run"))
 
 
 def test_the_file_trains_evaluates_and_samples(trained, file):
-  assert trained.step == 4 and np.isfinite(trained.last["loss"])
+  assert trained.step == 8 and np.isfinite(trained.last["loss"])
   run = load_run(file.parent / "run")  # the stored config still finds the class
   assert type(run.parts.objective).__name__ == "Reweighted"
   assert run.parts.objective.beta == 2.0

@@ -28,7 +28,7 @@ def test_tally_arithmetic():
   assert report["stderr_draws"] == pytest.approx(math.sqrt(2 / 2) / 8 / math.log(2))
   one = Tally()
   one.add(np.ones((1, 1)), np.ones(1))
-  assert one.report()["stderr"] is None and one.report()["bits_per_byte"] is None
+  assert not {"stderr", "bits_per_byte"} & set(one.report())
   with pytest.raises(ValueError, match="held-out"):
     Tally().report()
 

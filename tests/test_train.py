@@ -69,6 +69,22 @@ def test_every_system_trains(name, tmp_path, corpus):
   assert "done: step 30" in out
 
 
+FAMILIES = ("language/ar", "language/bd3lm", "vision/raster_digits", "vision/next_scale_digits", "multimodal/flow_digits")
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_step_of_every_family(name, tmp_path, corpus):
+  """One step, saved; the same command restores it and takes the next: what a new jax may break first."""
+  for steps in (1, 2):
+    settings = (*overrides_of(name, steps, corpus), "eval.every=0", "optim.schedule={'kind':'constant'}")
+    status, _, err = run(f"{name}:tiny", tmp_path, *settings)
+    assert status == 0, err
+  assert "step 1" in err and sorted(losses(tmp_path)) == [1, 2]
+  assert all(map(math.isfinite, losses(tmp_path).values()))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
   """A block-diffusion run of 30 steps: (workdir, stdout, stderr)."""

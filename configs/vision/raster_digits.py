@@ -30,6 +30,7 @@ def get_config(variant: str = ""):
       "num_heads": 8,
       "mlp": 768,
       "vocab": 17,
+      "vocab_multiple": 4,  # 17 grey levels do not split over tensor shards
       "tables": (("class", 11),),
       "eps": 1e-5,
       "rope": {"pairing": "interleaved", "axes": (16, 16), "zero_prefix": True},

@@ -101,6 +101,9 @@ class Likelihood:
     mesh = current_mesh()
     out = rules.replicated(mesh) if mesh is not None else None
     self._one = jax.jit(self._bound, out_shardings=out)
+    # Several programs with collectives in flight deadlock host devices on few cores.
+    blocked = mesh is not None and mesh.size > 1 and jax.default_backend() == "cpu"
+    self._ready = jax.block_until_ready if blocked else lambda x: x
 
   @property
   def exact(self) -> bool:
@@ -113,7 +116,7 @@ class Likelihood:
 
   def __call__(self, trees, row: Row, key) -> tuple[np.ndarray, np.ndarray]:
     # All draws are dispatched before the first is fetched.
-    out = [self._one(trees, row, key, np.int32(r)) for r in range(self.draws)]
+    out = [self._ready(self._one(trees, row, key, np.int32(r))) for r in range(self.draws)]
     out = jax.device_get(out)
     nll = np.stack([np.asarray(n, np.float64).reshape(-1) for n, _ in out])
     return nll, np.asarray(out[0][1], np.float64).reshape(-1)

@@ -3,6 +3,7 @@
 #   make quickstart   train, convert, evaluate and sample on this machine; writes a report
 #   make test         the fast tests            make test-all    fast ones and all that CI runs
 #   make smoke        two minutes: train, kill, resume, sample
+#   make test-compat  the `compat` subset on a newer Python and jax, where one is found
 #   make setup lint docs bench test-full clean
 #
 # PYTHON=  interpreter to use (default: the first one >= 3.11 that runs)   VENV=  where the environment goes
@@ -12,6 +13,7 @@
 
 SHELL   := /bin/bash
 VENV    ?= .venv
+COMPAT  ?= $(VENV)-compat
 WORKERS ?= 2
 ARGS    ?=
 PIP_ARGS ?=
@@ -24,7 +26,11 @@ FAST_XLA := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 # pytest's exit code 5, "no tests selected", is no failure of a group.
 OR_EMPTY := || [ $$? -eq 5 ]
 
-.PHONY: setup quickstart smoke test test-extra test-all test-full lint docs bench clean
+# Tried in this order by test-compat, by running them; a version manager's own folders are looked into as well.
+NEWER := $(or $(PYTHON_COMPAT),python3.12 python3.13 python3.14 python3 \
+  $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3)))
+
+.PHONY: setup quickstart smoke test test-extra test-all test-full test-compat compat-run lint docs bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.stamp-core
@@ -51,6 +57,20 @@ test-all: test test-extra
 test-full: test-all
 	$(PYTEST) -m full $(ARGS) $(OR_EMPTY)
 
+# The ranges of setup.py mean another jax on another Python: one step of every family and the kernels there.
+test-compat:
+	@for py in $(NEWER); do \
+	  if "$$py" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found=$$py; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "test-compat: skipped, no Python >= 3.12 runs here (tried: $(NEWER)); PYTHON_COMPAT= names one"; exit 0; \
+	fi; \
+	$(MAKE) --no-print-directory VENV=$(COMPAT) PYTHON="$$found" compat-run
+
+compat-run: $(VENV)/.stamp-dev
+	@$(BIN)/python -c 'import sys, jax; print("compat: Python", sys.version.split()[0], "jax", jax.__version__)'
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "compat and not (full or aot or multiprocess)" $(ARGS)
+
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
@@ -63,7 +83,7 @@ bench: $(VENV)/.stamp-core
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b $(ARGS) || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(COMPAT) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras; each is made anew when the metadata changes.

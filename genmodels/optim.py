@@ -25,6 +25,7 @@ import optax
 from optax import contrib
 
 from genmodels import state as state_lib
+from genmodels.config import ConfigError
 from genmodels.contracts import Array
 
 NAMES = ("adamw", "muon", "adafactor", "schedule_free", "sgd")
@@ -73,17 +74,20 @@ class LrSchedule:
     """step -> factor of the peak, a float32 scalar; traceable.
 
     Raises:
-      ValueError: the warm-up and the decay do not fit into the run.
+      ConfigError: the warm-up and the decay do not fit into the run.
     """
     steps = total_steps if self.steps is None else self.steps
     decay = self.decay_steps if self.decay_steps is not None else max(1, steps // 10)
     if self.kind == "wsd" and self.warmup + decay > steps:
-      raise ValueError(
-        f"schedule: warmup {self.warmup} + decay_steps {decay} > steps {steps}; "
-        "shorten one or lengthen the run"
-      )
+      raise ConfigError(
+        f"warmup + decay_steps ({decay}) exceed the schedule's steps {steps}", key="optim.schedule.warmup",
+        value=self.warmup, fix="shorten warmup or decay_steps, or lengthen the run",
+      )  # fmt: skip
     if self.kind in ("cosine", "linear") and self.warmup >= max(steps, 1):
-      raise ValueError(f"schedule: warmup {self.warmup} >= steps {steps}: nothing is left to decay")
+      raise ConfigError(
+        f"the warm-up takes all of the schedule's steps {steps}: nothing is left to decay",
+        key="optim.schedule.warmup", value=self.warmup, fix="shorten it, or lengthen the run (train.steps)",
+      )  # fmt: skip
     begin, length = (
       (steps - decay, decay) if self.kind == "wsd" else (self.warmup, max(steps - self.warmup, 1))
     )

@@ -74,7 +74,7 @@ def _with_vocabulary(section, meta, objective) -> dict:
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():
     whole = head.get("kind", "categorical") == "categorical" and head.get("size") is None
-    if whole and objective.mask_id >= 0 and "forbid" not in head:
+    if whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head:
       head["forbid"] = (objective.mask_id,)
   return section
 

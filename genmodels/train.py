@@ -98,6 +98,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       fix=f"a multiple of {tcfg.accumulate}",
     )  # fmt: skip
   mesh = meshes.make_mesh(mcfg)
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size % shards:
+    raise ConfigError(
+      f"the global batch does not divide over the mesh's data × fsdp = {shards}", key="batch_size", value=batch_size,
+      fix=f"a multiple of {shards}",
+    )  # fmt: skip
   parts = system.build(cfg, workdir=str(workdir))
   model, objective = parts.model, parts.objective
   shapes, axes = model.abstract_params(), model.logical_axes()

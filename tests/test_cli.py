@@ -32,7 +32,23 @@ FLAGS = {
     "--verify",
   },  # fmt: skip
   "train": {"--help", "--config", "--workdir", "--debug"},
-  "systems": {"--help", "--json"},
+  "systems": {"--help", "--json", "--markdown"},
+  "sample": {
+    "--help",
+    "--json",
+    "--labels",
+    "--length",
+    "--n",
+    "--new",
+    "--out",
+    "--prompt",
+    "--prompts-file",
+    "--seed",
+    "--step",
+    "--workdir",
+  },
+  "eval": {"--block", "--documents", "--draws", "--file", "--help", "--json", "--step", "--workdir"},
+  "quickstart": {"--help", "--smoke", "--steps-scale", "--workdir"},
 }
 
 

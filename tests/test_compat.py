@@ -3,9 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from genmodels import compat
+
+pytestmark = pytest.mark.compat
 
 
 def test_meshes_have_auto_axes():

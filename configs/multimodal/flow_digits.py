@@ -19,6 +19,8 @@ def get_config(variant: str = ""):
     tests=(
       "tests/vision/test_flow.py::test_one_step_equals_four_micro_batches",
       "tests/vision/test_flow.py::test_leak_by_perturbation",
+      "tests/vision/test_flow.py::test_noise_lies_on_the_path",
+      "tests/vision/test_flow.py::test_targets_are_the_next_patches",
     ),
     latent={"kind": "patches", "side": 8, "levels": 17, "patch": 2},
     objective={

@@ -21,6 +21,8 @@ def get_config(variant: str = ""):
       "tests/latents/test_pyramid.py::test_var_identities",
       "tests/vision/test_image.py::test_next_scale_cached_decode_equals_one_pass",
       "tests/vision/test_image.py::test_next_scale_leak_by_perturbation",
+      "tests/vision/test_sampling.py::test_next_scale_takes_one_step_a_scale",
+      "tests/vision/test_sampling.py::test_var_schedule",
     ),
     latent={"kind": "pyramid", "side": 8, "levels": 17, "sizes": (1, 2, 4, 8)},
     objective={

@@ -78,7 +78,9 @@ class Evaluator:
       ConfigError: the data have no tokenizer.
     """
     if self.data.tokenizer is None:
-      raise ConfigError("these data have no tokenizer, so no text can be evaluated", key="data", fix="leave --file out")
+      raise ConfigError(
+        "these data have no tokenizer, so no text can be evaluated", key="data", fix="leave --file out"
+      )
     return self._over(self._text_batches(texts), trees, step, block, 1 << 62)
 
   def _over(self, batches, trees, step, block, limit) -> dict:
@@ -120,8 +122,9 @@ class Evaluator:
         example[b, 0] = i, j
       zero = np.zeros((B, 1), np.int32)
       yield {
-        "tokens": tokens, "doc": doc, "role": role, "modality": np.zeros_like(doc), "index": np.full_like(doc, -1),
-        "pos": np.repeat(np.broadcast_to(np.arange(N, dtype=np.float32)[None, :, None], (B, N, 1)), meta.axes, 2),
+        "tokens": tokens, "doc": doc, "role": role,
+        "modality": np.zeros_like(doc), "index": np.full_like(doc, -1),
+        "pos": np.tile(np.arange(N, dtype=np.float32)[None, :, None], (B, 1, meta.axes)),
         "example_id": example, "occurrence": zero, "mode": zero, "source": zero,
         "rank": np.stack([np.arange(B), np.full(B, B)], -1)[:, None].astype(np.int32),
       }  # fmt: skip

@@ -60,31 +60,28 @@ class Tally:
     """The result.
 
     Returns:
-      nats_per_token, bits_per_token, bits_per_byte (None without bytes), perplexity; stderr: of bits_per_token
-      over documents, as a sample of all documents (None for a single one); stderr_draws: what the finite
-      number of draws contributes, 0 for an exact likelihood; documents, tokens, bytes.
+      nats_per_token, bits_per_token, perplexity; bits_per_byte, where there are bytes; stderr: of
+      bits_per_token over documents, as a sample of all documents, where there are several; stderr_draws: what
+      the finite number of draws contributes, 0 for an exact likelihood; documents, tokens, bytes.
 
     Raises:
       ValueError: no document has a predicted token.
     """
-    nll, spread, n, size = (np.concatenate(x) if x else np.zeros(0) for x in (self.nll, self.spread, self.tokens, self.size))
+    nll, spread, n, size = (
+      np.concatenate(x) if x else np.zeros(0) for x in (self.nll, self.spread, self.tokens, self.size)
+    )
     total, tokens, count = nll.sum(), n.sum(), len(nll)
     if not tokens:
       raise ValueError("no document has a predicted token: is the held-out set empty?")
     ratio = total / tokens
     bits = 1 / math.log(2)
-    over = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens * bits if count > 1 else None
-    return {
-      "nats_per_token": ratio,
-      "bits_per_token": ratio * bits,
-      "bits_per_byte": total * bits / size.sum() if size.sum() else None,
-      "perplexity": math.exp(min(ratio, 700.0)),
-      "stderr": over,
-      "stderr_draws": math.sqrt(spread.sum()) / tokens * bits,
-      "documents": count,
-      "tokens": int(tokens),
-      "bytes": int(size.sum()),
-    }
+    out = {"nats_per_token": ratio, "bits_per_token": ratio * bits, "perplexity": math.exp(min(ratio, 700.0))}
+    if size.sum():
+      out["bits_per_byte"] = total * bits / size.sum()
+    if count > 1:
+      out["stderr"] = math.sqrt(count / (count - 1) * np.sum((nll - ratio * n) ** 2)) / tokens * bits
+    out["stderr_draws"] = math.sqrt(spread.sum()) / tokens * bits
+    return out | {"documents": count, "tokens": int(tokens), "bytes": int(size.sum())}
 
 
 class Likelihood:
@@ -100,14 +97,18 @@ class Likelihood:
   def __init__(self, objective, fns: Mapping[str, Callable], latent: Any = None, draws: int = 16):
     check(objective)
     self.objective, self.fns, self.latent = objective, fns, latent
-    self.draws = draws if objective.layout.noisy else 1  # nothing is hit: the likelihood is exact
+    self.draws = 1 if self.exact else draws
     mesh = current_mesh()
     out = rules.replicated(mesh) if mesh is not None else None
     self._one = jax.jit(self._bound, out_shardings=out)
+    # Several programs with collectives in flight deadlock host devices on few cores.
+    blocked = mesh is not None and mesh.size > 1 and jax.default_backend() == "cpu"
+    self._ready = jax.block_until_ready if blocked else lambda x: x
 
   @property
   def exact(self) -> bool:
-    return not self.objective.layout.noisy
+    """The term is read from the clean stream, which no noise reaches: every draw is the likelihood itself."""
+    return self.objective.terms[self.objective.likelihood].stream == CLEAN
 
   def _bound(self, trees, row, key, r):
     nets = bind(self.fns, trees, self.latent, player="")
@@ -115,7 +116,7 @@ class Likelihood:
 
   def __call__(self, trees, row: Row, key) -> tuple[np.ndarray, np.ndarray]:
     # All draws are dispatched before the first is fetched.
-    out = [self._one(trees, row, key, np.int32(r)) for r in range(self.draws)]
+    out = [self._ready(self._one(trees, row, key, np.int32(r))) for r in range(self.draws)]
     out = jax.device_get(out)
     nll = np.stack([np.asarray(n, np.float64).reshape(-1) for n, _ in out])
     return nll, np.asarray(out[0][1], np.float64).reshape(-1)

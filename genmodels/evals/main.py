@@ -23,7 +23,9 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--workdir", required=True, help="folder of a training run")
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
-  parser.add_argument("--file", action="append", default=[], help="a text instead of the held-out set; repeatable")
+  parser.add_argument(
+    "--file", action="append", default=[], help="a text instead of the held-out set; repeatable"
+  )
   parser.add_argument("--draws", type=int, help="draws of the bound per document (default: eval.draws)")
   parser.add_argument("--documents", type=int, help="held-out documents, 0 all (default: eval.documents)")
   parser.add_argument("--block", type=int, default=0, help="block size (default: the trained one)")
@@ -55,14 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     warnings.warn(remarks[-1], stacklevel=1)
   if jax.process_index():
     return 0
-  body = {"workdir": str(args.workdir), "step": run.step, "block": args.block or trained, **result, "notes": remarks}
+  body = {
+    "workdir": str(args.workdir),
+    "step": run.step,
+    "block": args.block or trained,
+    **result,
+    "notes": remarks,
+  }
   if args.json:
     json.dump(body, sys.stdout, ensure_ascii=False)
     print()
     return 0
   kind = "negative log-likelihood" if result["exact"] else f"upper bound of it, {result['draws']} draws"
-  byte = "" if result["bits_per_byte"] is None else f" · {result['bits_per_byte']:.4f} bits per byte"
-  error = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
+  byte = f" · {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+  error = f" ± {result['stderr']:.4f}" if "stderr" in result else ""
   print(
     f"{result['bits_per_token']:.4f}{error} bits per token{byte} ({kind}; step {run.step}, "
     f"{result['documents']} documents, {result['tokens']} tokens)"

@@ -1,5 +1,6 @@
 """Latents: what an image token carries, and the way back from tokens to pixels."""
 
+from genmodels import config
 from genmodels.latents.base import Latent
 from genmodels.latents.grid import Patches, Raster
 from genmodels.latents.pyramid import Pyramid
@@ -13,8 +14,6 @@ def build(section) -> Latent:
   Raises:
     ConfigError: unknown kind or key, a wrong type, or sizes that do not fit each other.
   """
-  from genmodels import config
-
   return config.build_kind(REGISTRY, section, "latent")
 
 

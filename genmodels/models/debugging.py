@@ -32,10 +32,11 @@ def debug(say: Callable[[str], None]) -> Iterator[None]:
     module = context.module
     if context.method_name != "__call__" or module.scope is None or module.is_initializing():
       return out
-    path = "/".join(module.path)
-    name = _name(module, path, runs)
-    leaves = [_value(x) for x in jax.tree.leaves(out)]
-    leaves = [x for x in leaves if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
+    values = [_value(x) for x in jax.tree.leaves(out)]
+    if not values or any(x is None for x in values):
+      return out  # traced for shapes, as a scan does before its first repeat
+    name = _name(module, "/".join(module.path), runs)
+    leaves = [x for x in values if jnp.issubdtype(x.dtype, jnp.floating)]
     if leaves and name not in said:
       said.add(name)
       shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves[:4])

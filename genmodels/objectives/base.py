@@ -226,7 +226,9 @@ class Objective:
       if bound is not None:
         if name != self.likelihood:
           continue
-        term = dataclasses.replace(term, weight="nelbo", normaliser="all_valid")
+        # No noise reaches the clean stream: its cross-entropy is the likelihood, whatever a noisy copy drew.
+        weight = "one" if term.stream == CLEAN else "nelbo"
+        term = dataclasses.replace(term, weight=weight, normaliser="all_valid")
       targets[name], denominators[name] = self.target(row, noise, read[name], term)
     return inputs, targets, denominators
 
@@ -360,7 +362,12 @@ def _registry_for(section) -> dict[str, type]:
 
 def layout(section):
   """The layout of an objective's config section: the packer asks it for costs before there is data."""
-  default = {f.name: f for f in dataclasses.fields(_registry_for(section)[section.get("kind", "tokens")])}["layout"]
+  kinds, kind = _registry_for(section), section.get("kind", "tokens")
+  if kind not in kinds:
+    raise ConfigError(
+      "unknown kind", key="objective.kind", value=kind, fix=config.did_you_mean(str(kind), list(kinds))
+    )
+  default = {f.name: f for f in dataclasses.fields(kinds[kind])}["layout"]
   return _built(layouts.REGISTRY, section.get("layout") or default.default_factory(), "objective.layout")
 
 

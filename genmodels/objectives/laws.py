@@ -82,6 +82,14 @@ def _weights(objective) -> list[str]:
         key=f"objective.terms.{name}.weight", value=term.weight,
         fix="use corruption.count='exact', or set objective.reproduction=True to reproduce a paper knowingly",
       )  # fmt: skip
+    # Two copies that share a count r·n have the weights {1/r, 1/(1 − r)}, or none; a bound's weight belongs to one copy.
+    curved = getattr(c, "count", "exact") == "exact" and getattr(c, "schedule", "linear") == "cosine"
+    if getattr(c, "complement", False) and term.weight == "nelbo" and curved:
+      raise ConfigError(
+        "a complementary pair takes weight 1 or the inverse marginals {1/r, 1/(1 − r)}; the bound's weight under a "
+        "cosine schedule is neither", key=f"objective.terms.{name}.weight", value=term.weight,
+        fix="weight='inverse_marginal' or 'one', or a linear schedule",
+      )  # fmt: skip
   if objective.reproduction:
     return ["reproduction: the training loss is not a likelihood bound; reported likelihoods use the exact one"]
   return []

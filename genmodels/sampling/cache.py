@@ -75,7 +75,9 @@ def reach(objective, patterns, stream: str, store: str, single: bool) -> Reach:
     # The relations know no sizes, so a small row says it all.
     sizes = (1, 2, 3) if blocks.sizes else ()
     small = dataclasses.replace(blocks, sizes=sizes) if sizes else dataclasses.replace(blocks, size=2)
-    objective = dataclasses.replace(objective, corruption=dataclasses.replace(objective.corruption, blocks=small))
+    objective = dataclasses.replace(
+      objective, corruption=dataclasses.replace(objective.corruption, blocks=small)
+    )
   n = 6
   row = token_row(np.zeros((1, n)))
 

@@ -123,14 +123,18 @@ def at_step(objective, step: int, block: int = 0):
   blocks = objective.corruption.blocks
   if blocks.whole or blocks.sizes:
     if block and not blocks.whole:
-      raise ConfigError("the objective has ragged blocks", key="sampler.block", value=block, fix="sampler.block=0")
+      raise ConfigError(
+        "the objective has ragged blocks", key="sampler.block", value=block, fix="sampler.block=0"
+      )
     if not block:
       return objective, 0
   trained = 0 if blocks.whole else int(blocks.size(int(step)))
   if not block and blocks.size.is_constant:
     return objective, trained
   frozen = dataclasses.replace(blocks, size=Schedule.of(block or trained))
-  return dataclasses.replace(objective, corruption=dataclasses.replace(objective.corruption, blocks=frozen)), trained
+  return dataclasses.replace(
+    objective, corruption=dataclasses.replace(objective.corruption, blocks=frozen)
+  ), trained
 
 
 def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -> Sampler:
@@ -139,7 +143,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   Args:
     section: SamplerConfig or a config section.
     latent: the bound latent that the objective's view needs.
-    meta: facts of the data, {"eos": int, …}.
+    meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
 
   Raises:
@@ -150,11 +154,14 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   objective, trained = at_step(objective, step, cfg.block)
   if cfg.block and cfg.block != trained:
     warnings.warn(
-      f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}", stacklevel=2
+      f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}",
+      stacklevel=2,
     )
   name = cfg.term or objective.likelihood
   if name not in objective.terms:
-    raise ConfigError("no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}")
+    raise ConfigError(
+      "no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}"
+    )
   term = objective.terms[name]
   streams, blocks = objective.layout.streams, objective.corruption.blocks
   store_name = cache.store_stream(objective)
@@ -176,12 +183,13 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   if cut and (not found.stored or not found.predicts):
     raise ConfigError(
       "blocks cannot be decoded one after another: a slot sees uncommitted tokens beyond its block",
-      key="objective.masks", value=dict(objective.masks), fix="a block mask such as 'bd3', 'context_causal', 'block_causal'",
+      key="objective.masks", value=dict(objective.masks),
+      fix="a block mask such as 'bd3', 'context_causal', 'block_causal'",
     )  # fmt: skip
   if cut and term.align == "shift" and term.stream != store_name:
     raise ConfigError(
-      "the first token of a block is predicted by a noisy slot of the block before, which is not computed when "
-      "decoding", key=f"objective.terms.{name}.align", value="shift", fix="align='shift_clean_boundary'",
+      "the first token of a block is predicted by a noisy slot of the block before, which decoding does not "
+      "compute", key=f"objective.terms.{name}.align", value="shift", fix="align='shift_clean_boundary'",
     )  # fmt: skip
   if model.cfg.head(term.head).kind != "categorical":
     raise ConfigError(
@@ -192,7 +200,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   if hasattr(chosen, "schedule") and not chosen.schedule:
     chosen = dataclasses.replace(chosen, schedule=getattr(objective.corruption, "schedule", "linear"))
   eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
-  forbid = set(cfg.forbid) | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
+  forbid = (
+    set(cfg.forbid)
+    | set(meta.get("forbid", ()))
+    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
+  )
   if single:
     capacity = 1
   elif blocks.sizes and not whole:

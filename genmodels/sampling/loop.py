@@ -6,7 +6,7 @@ comes from `objective.view(row, corruption.state(row, committed), only)`, as in 
 
   next-token models   a unit is one token; its clean slot predicts the token behind it
   block models        a unit is a block; its noisy slots are denoised until it is complete, then a pass
-                      over its clean slots enters the cache (and, with a shifted head, predicts the next token)
+                      over its clean slots enters the cache (and a shifted head predicts the next token)
   next-scale models   a unit is a scale; its slots predict it at once and enter the cache in the same pass
   whole sequences     the document is one unit, nothing is cached
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -144,7 +145,8 @@ class Sampler:
     latent: bound latent or None.
     term: the term decoded. stream, store: stream that predicts; stream that commits (None: nothing is
       kept behind the front).
-    single: a unit is one token; whole: it is the document. capacity: tokens of the largest unit, 0 for the row.
+    single: a unit is one token; whole: it is the document. capacity: tokens of the largest unit, 0 for
+      the whole row.
     denoises: units are filled step by step (else: in the pass that stores them).
     policy: CachePolicy. choice, quota: how tokens and their number are chosen.
   """
@@ -201,12 +203,31 @@ class Sampler:
     if self.lead and first.any():
       align = self.objective.terms[self.term].align
       raise ValueError(
-        f"row {int(first.argmax())} has no given token: under align={align!r} nothing predicts the first token of a "
-        "document; start every prompt with BOS (role CONTEXT)"
+        f"row {int(first.argmax())} has no given token: under align={align!r} nothing predicts the first "
+        "token of a document; start every prompt with BOS (role CONTEXT)"
       )
     doc = np.asarray(row.doc)
+    if self.branches > 1 and self.unguided(row):
+      warnings.warn(
+        "guidance has no effect: dropping the conditions of these rows changes no input", stacklevel=3
+      )
     if (doc[:, 1:] > doc[:, :-1]).any() or doc.max() > 0:
-      raise ValueError("a row to generate holds one document (index 0) from its first token on, then padding (−1)")
+      raise ValueError(
+        "a row to generate holds one document (index 0) from its first token on, then padding (−1)"
+      )
+
+  def unguided(self, row: Row) -> bool:
+    """Both branches see the same: the objective drops nothing, or the rows have no condition."""
+
+    def same(row):
+      committed = jnp.logical_not(eligible(row))
+      noise = self.objective.corruption.state(row, committed)
+      at = jnp.broadcast_to(rows.coordinates(row.doc), row.doc.shape)
+      only = self.only(jnp.full((at.shape[0], 1), self.stream), at, row.doc >= 0)
+      a, b = (jax.tree.leaves(self.view(row, noise, only, i)[0]) for i in range(2))
+      return jnp.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all()
+
+    return bool(jax.jit(same)(row))
 
   def prefill_width(self, row: Row) -> int:
     """The first call's width for concrete rows: 0, or a power of two (at most N)."""
@@ -499,7 +520,9 @@ class Sampler:
     return Result(s.tokens, s.committed_at, s.level_at, lengths, s.done, s.step, s.forwards)
 
 
-def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1) -> Row:
+def prompt_row(
+  prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1
+) -> Row:
   """Rows to generate from prompts of unequal length (host).
 
   Args:
@@ -522,7 +545,9 @@ def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, p
   for i, p in enumerate(prompts):
     p = np.asarray(p, np.int32).reshape(-1)
     if len(p) >= length:
-      raise ValueError(f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt")
+      raise ValueError(
+        f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt"
+      )
     tokens[i, : len(p)] = p
     role[i, : len(p)] = CONTEXT
     doc[i, : min(len(p) + new, length)] = 0
@@ -540,6 +565,4 @@ def prompt_row(prompts, length: int, new: int, *, example_ids=None, side=None, p
   pos = np.zeros((B, length, axes), np.float32)
   pos[..., 0] = np.arange(length)
   none = np.full((B, length), -1, np.int32)
-  return Row(
-    *(jnp.asarray(x) for x in (tokens, doc, pos, role, np.zeros_like(doc), none)), docs
-  )
+  return Row(*(jnp.asarray(x) for x in (tokens, doc, pos, role, np.zeros_like(doc), none)), docs)

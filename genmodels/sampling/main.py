@@ -23,11 +23,15 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--workdir", required=True, help="folder of a training run")
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
-  parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+  parser.add_argument(
+    "--prompt", action="append", default=[], help="text to continue; may be given several times"
+  )
   parser.add_argument("--prompts-file", help="a prompt per line")
   parser.add_argument("--labels", default="", help="classes of images, separated by commas")
   parser.add_argument("--n", type=int, default=1, help="samples of each prompt or label")
-  parser.add_argument("--length", type=int, default=0, help="tokens of a row, prompt included (default: as trained)")
+  parser.add_argument(
+    "--length", type=int, default=0, help="tokens of a row, prompt included (default: as trained)"
+  )
   parser.add_argument("--new", type=int, default=0, help="tokens to generate at most (default: what fits)")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", help="write the samples there: PNG for images, text otherwise")
@@ -83,8 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         "done": bool(result.done[i]),
       })  # fmt: skip
     body = {
-      "workdir": str(args.workdir), "step": run.step, "cache": sampler.policy.name, "steps": int(result.steps),
-      "forwards": int(result.forwards), "tokens": generated, "seconds": seconds, "file": str(file) if file else None,
+      "workdir": str(args.workdir), "step": run.step, "cache": sampler.policy.name,
+      "steps": int(result.steps),
+      "forwards": int(result.forwards), "tokens": generated, "seconds": seconds,
+      "file": str(file) if file else None,
       "samples": rows,
     }  # fmt: skip
     json.dump(body, sys.stdout, ensure_ascii=False)

@@ -29,7 +29,11 @@ from genmodels.sampling.loop import Result, Sampler, prompt_row
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Fields: cfg (ConfigDict), parts (system.System), trees ({"model": parameters to evaluate}), step, mesh."""
+  """An opened run.
+
+  Fields:
+    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}. step, mesh.
+  """
 
   cfg: Any
   parts: Any
@@ -75,34 +79,38 @@ def _mesh(cfg):
   try:
     return meshes.make_mesh(section)
   except ValueError as e:
-    warnings.warn(f"the run's mesh does not fit {jax.device_count()} devices ({e}); rows are spread instead", stacklevel=3)
+    warnings.warn(
+      f"the run's mesh does not fit {jax.device_count()} devices ({e}); rows are spread instead", stacklevel=3
+    )
     return meshes.make_mesh(meshes.MeshConfig())
 
 
 def _trees(cfg, path, step, mesh, shapes, axes):
-  placed = rules.sharding_tree(mesh, axes, shapes)
-  manager = initialisation.open_folder(str(path))
+  """The parameters to evaluate: the average where one is kept, and schedule-free's from its state."""
+  ema = bool(cfg.train.get("ema"))
+  names = ["model", "ema"] if ema else ["model"]
   ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
-  if ocfg.name == "schedule_free" and not cfg.train.get("ema"):
-    # The average is a function of the whole optimizer state.
-    tx, _ = optim.build(ocfg, shapes, axes, int(cfg.train.get("steps", 1)))
-    abstract = states.abstract(lambda: states.create({"model": _zeros(shapes)}, {"model": tx}))
-    where = states.shardings(abstract, {"model": placed}, mesh)
-    spec = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
-    found = manager.restore(spec, step)
-    return {"model": optim.eval_params(found.state.opt["model"], found.state.trees["model"])}, found.step
-  prefix = f"trees/{'ema' if cfg.train.get('ema') else 'model'}/"
-  sharding = states.param_paths(placed)
-  values, step, _ = manager.read(step, lambda name, _: sharding.get(name.removeprefix(prefix)) if name.startswith(prefix) else None)
-  want = states.param_paths(shapes)
-  missing = [n for n in want if prefix + n not in values or values[prefix + n].shape != want[n].shape]
+  averaged = ocfg.name == "schedule_free" and not ema
+  txs = {}
+  if averaged:
+    txs = {"model": optim.build(ocfg, shapes, axes, int(cfg.train.get("steps", 1)))[0]}
+  abstract = states.abstract(lambda: states.create({n: _zeros(shapes) for n in names}, txs))
+  placed = {"model": rules.sharding_tree(mesh, axes, shapes)}
+  where = states.param_paths(states.shardings(abstract, placed, mesh))
+  want = states.param_paths(abstract)
+  needed = ("trees/ema/",) if ema else ("trees/model/", "opt/model/")
+  reads = {n: s for n, s in where.items() if n.startswith(needed)}
+  values, step, _ = initialisation.open_folder(str(path)).read(step, lambda name, _: reads.get(name))
+  missing = [n for n in reads if n not in values or values[n].shape != want[n].shape]
   if missing:
     raise config.ConfigError(
       f"the checkpoint of step {step} does not hold the parameters of this config: {missing[0]} and "
-      f"{len(missing) - 1} more are missing or of another shape", key="model", fix="use the config of the run itself",
+      f"{len(missing) - 1} more are missing or of another shape", key="model",
+      fix="use the config of the run itself",
     )  # fmt: skip
-  leaves = [values[prefix + n] for n in want]
-  return {"model": jax.tree.unflatten(jax.tree.structure(shapes), leaves)}, step
+  state = jax.tree.unflatten(jax.tree.structure(abstract), [values.get(n) for n in want])
+  model = state.trees["ema" if ema else "model"]
+  return {"model": optim.eval_params(state.opt["model"], model) if averaged else model}, step
 
 
 def _zeros(shapes):
@@ -126,10 +134,18 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
   if key not in _SAMPLERS:
     while len(_SAMPLERS) >= 8:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
-    meta = {"eos": parts.data.meta.specials.get("eos", -1)} if parts.data is not None else {}
+    # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
+    meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
     made = build(cfg, parts.objective, parts.model, latent=parts.latent, meta=meta, step=step)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
+
+
+def _meta(specials) -> dict:
+  """Where a row ends, and the ids that no text contains."""
+  eos = specials.get("eos", -1)
+  never = (specials.get(name, -1) for name in ("bos", "pad", "mask"))
+  return {"eos": eos, "forbid": tuple(i for i in never if i >= 0 and i != eos)}
 
 
 def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None) -> Row:
@@ -140,7 +156,9 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
   """
   tokenizer, meta = parts.data.tokenizer, parts.data.meta
   if tokenizer is None and any(prompts):
-    raise config.ConfigError("these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt")
+    raise config.ConfigError(
+      "these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt"
+    )
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
   ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len

@@ -105,6 +105,7 @@ def _check(name, seed, tiles, implementation="xla", soft_cap=None, heads=(4, 2, 
   return traces
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", oracles.CASES)
 def test_kernel_is_dense_attention(name):
   # T6: output, LSE and three gradients for cotangents of both outputs; GQA, ragged tiles, empty rows.
@@ -252,6 +253,7 @@ def test_a_shared_mask_equals_one_per_row():
   _assert_close(*runs)
 
 
+@pytest.mark.compat
 def test_inside_shard_map():
   # Rows over data, heads over tensor, a plan made outside: the same gradients; one key head replicated
   # over tensor gets its gradient summed.
@@ -270,6 +272,7 @@ def test_inside_shard_map():
       np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.compat
 def test_remat_by_name_keeps_attention():
   # In a scanned, rematerialised layer: saving attn_out and attn_lse spares the third loop.
   mask = builders.causal(jnp.zeros((1, 32), jnp.int32))

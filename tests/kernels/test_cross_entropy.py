@@ -42,6 +42,7 @@ def _fn(temperature):
   return fn
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("valid", ["some", "none", "all"])
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_value_and_all_gradients(chunk, valid):
@@ -160,6 +161,7 @@ def test_no_buffer_of_all_logits():
   assert naive.memory_analysis().temp_size_in_bytes >= rows * vocabulary * 4
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("check", [True, False])
 def test_rows_over_data_inside_shard_map(check):
   # Each device has its own number of valid rows; shard_map's transpose sums the weight gradient.

@@ -10,6 +10,7 @@ from genmodels.masks import AttnMask, Relations, builders
 from tests.masks import oracles
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", oracles.CASES)
 def test_builder_is_the_papers_mask(name):
   # T6, T32: visibility and pair counts of random packed rows, ragged blocks, padding.

@@ -34,6 +34,7 @@ def case():
   return model, params, x, {"t": target}
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
   model, params, x, t = case()

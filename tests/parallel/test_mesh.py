@@ -18,6 +18,7 @@ def eight_devices():
   assert jax.device_count() >= 8, "run with XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
 
+@pytest.mark.compat
 def test_axes_and_types():
   mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:8])
   assert mesh.axis_names == ("data", "fsdp", "tensor", "context")
@@ -111,6 +112,7 @@ def test_structural_errors():
     sharding_tree(mesh, {"b": ("embed", None)}, {"a": s})
 
 
+@pytest.mark.compat
 def test_constrain_follows_the_current_mesh():
   assert current_mesh() is None
   traces = []

@@ -53,8 +53,8 @@ def single_stream(block=4, align="same") -> Objective:
 def model(layers=2):
   return models.build(
     {
-      "width": 32, "layers": layers, "num_heads": 4, "num_kv_heads": 2, "mlp": 48, "vocab": V + 1, "init_std": 0.4,
-      "heads": {"text": {}},
+      "width": 32, "layers": layers, "num_heads": 4, "num_kv_heads": 2, "mlp": 48, "vocab": V + 1,
+      "init_std": 0.4, "heads": {"text": {}},
     }
   )  # fmt: skip
 

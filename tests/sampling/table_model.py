@@ -1,4 +1,4 @@
-"""A model that is a table: p(x_i | visible tokens) for every partly masked string, behind the Model interface.
+"""A model that is a table, behind the Model interface: p(x_i | visible tokens) of every masked string.
 
 It reads the Inputs of the objective's view, so the whole sampler runs on it; V tokens, id V is the mask.
 """

@@ -1,4 +1,4 @@
-"""Cached decoding is the training forward (language.md T16, T17, T25): every exact policy, unequal prompts."""
+"""Cached decoding is the training forward, for unequal prompts (language.md T16, T17, T25)."""
 
 import dataclasses
 import functools
@@ -70,7 +70,9 @@ def followed(name):
 
 def assert_same(logits, reference, can, tolerance=1e-5):
   use = np.broadcast_to(can[..., None], logits.shape) & np.isfinite(reference)
-  np.testing.assert_array_equal(np.isfinite(logits) | ~can[..., None], np.isfinite(reference) | ~can[..., None])
+  np.testing.assert_array_equal(
+    np.isfinite(logits) | ~can[..., None], np.isfinite(reference) | ~can[..., None]
+  )
   scale = max(1.0, np.abs(reference[use]).max())
   np.testing.assert_allclose(logits[use], reference[use], rtol=0, atol=tolerance * scale)
 

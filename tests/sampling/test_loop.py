@@ -59,7 +59,9 @@ def test_first_hitting_is_the_limit_of_ancestral_sampling(schedule):
 
 def test_ancestral_reuse_changes_nothing_but_the_work():
   row, key = S.row(), jax.random.key(3)
-  make = lambda reuse: S.sampler(S.mdm(), quota={"kind": "ancestral", "steps": 40, "reuse": reuse})(S.params(), row, key)
+  make = lambda reuse: S.sampler(S.mdm(), quota={"kind": "ancestral", "steps": 40, "reuse": reuse})(
+    S.params(), row, key
+  )
   kept, again = make(True), make(False)
   np.testing.assert_array_equal(kept.tokens, again.tokens)
   np.testing.assert_array_equal(kept.committed_at, again.committed_at)
@@ -77,8 +79,13 @@ def select(quota, size, score=None):
   while can.any():
     u = np.random.default_rng(k).uniform(size=size + 1).astype(np.float32)
     unit = sampling.quota.Unit(
-      jnp.asarray(can), jnp.asarray(score, jnp.float32), jnp.array([k]), jnp.array([size]), jnp.asarray(level),
-      jnp.asarray(u[None, :-1]), jnp.asarray(u[-1:]),
+      jnp.asarray(can),
+      jnp.asarray(score, jnp.float32),
+      jnp.array([k]),
+      jnp.array([size]),
+      jnp.asarray(level),
+      jnp.asarray(u[None, :-1]),
+      jnp.asarray(u[-1:]),
     )
     commit, level = map(np.asarray, quota.select(unit))
     assert not (commit & ~can).any()
@@ -95,7 +102,9 @@ def test_quota_counts():
   assert select(q.Linear(steps=16), 3)[0] == [1, 1, 1]
   cosine = select(q.Cosine(steps=8), 64)[0]
   stay = [64 - sum(cosine[: i + 1]) for i in range(8)]
-  assert stay[:-1] == [math.floor(64 * math.cos(math.pi / 2 * (i + 1) / 8)) for i in range(7)] and stay[-1] == 0
+  assert (
+    stay[:-1] == [math.floor(64 * math.cos(math.pi / 2 * (i + 1) / 8)) for i in range(7)] and stay[-1] == 0
+  )
   assert min(select(q.Cosine(steps=30), 8)[0]) >= 1
   assert select(q.All(), 5)[0] == [5]
   assert sum(select(q.Ancestral(steps=6, schedule="linear"), 20)[0]) == 20
@@ -113,7 +122,7 @@ def test_threshold_one_commits_one_token_a_step():
     steps = np.sort(at[b][at[b] >= 0])
     np.testing.assert_array_equal(steps, np.arange(len(steps)))
   assert bool(result.done.all()) and (np.asarray(result.lengths) == S.N).all()
-  assert (np.asarray(result.tokens)[:, :S.N] != S.MASK).all()
+  assert (np.asarray(result.tokens)[:, : S.N] != S.MASK).all()
   # Given tokens stay.
   given = np.asarray(S.row().role) == CONTEXT
   np.testing.assert_array_equal(np.asarray(result.tokens)[given], np.asarray(S.row().tokens)[given])
@@ -140,7 +149,9 @@ def test_stopping_changes_no_committed_token(name):
     n = where[0] + 1 if len(where) else S.N
     assert int(stopped.lengths[b]) == n
     np.testing.assert_array_equal(np.asarray(stopped.tokens)[b, :n], tokens[b, :n])
-    np.testing.assert_array_equal(np.asarray(stopped.committed_at)[b, :n], np.asarray(free.committed_at)[b, :n])
+    np.testing.assert_array_equal(
+      np.asarray(stopped.committed_at)[b, :n], np.asarray(free.committed_at)[b, :n]
+    )
     early += n < S.N
   assert early and int(stopped.steps) <= int(free.steps)
 
@@ -153,7 +164,9 @@ def test_a_row_knows_no_batch():
   whole = np.asarray(sampler(S.params(), row, key, prefill=8).tokens)
   order = np.random.default_rng(0).permutation(8)
   shuffled = jax.tree.map(lambda x: x[order], row)
-  np.testing.assert_array_equal(np.asarray(sampler(S.params(), shuffled, key, prefill=8).tokens), whole[order])
+  np.testing.assert_array_equal(
+    np.asarray(sampler(S.params(), shuffled, key, prefill=8).tokens), whole[order]
+  )
   mesh = meshes.make_mesh(meshes.MeshConfig(data=4, fsdp=2), jax.devices()[:8])
   with rules.use_mesh(mesh):
     spread = sampler(S.params(), row, key, prefill=8)
@@ -188,6 +201,8 @@ def test_guidance():
   np.testing.assert_array_equal(np.asarray(zero.tokens)[new], np.asarray(uncond.tokens)[new])
   assert int(zero.forwards) == 2 * int(uncond.forwards)
   assert (np.asarray(zero.tokens)[new] != np.asarray(plain.tokens)[new]).any()  # the condition matters
+  with pytest.warns(UserWarning, match="guidance has no effect"):
+    S.sampler(S.ar(), guidance=2.0).check(row)
 
 
 def test_guidance_schedules():

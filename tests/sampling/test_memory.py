@@ -14,7 +14,15 @@ def test_decode_temporaries_are_small(name):
   """32 layers, 8 rows of 4,096 tokens: temporaries stay under a tenth of the cache (a layer's keys and
   values are sliced out of the scan's cache, so they are of order 1/layers), and the cache is updated in
   place."""
-  section = {"width": 1024, "layers": 32, "num_heads": 8, "num_kv_heads": 8, "mlp": 2048, "vocab": 4096, "heads": {"text": {}}}
+  section = {
+    "width": 1024,
+    "layers": 32,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "mlp": 2048,
+    "vocab": 4096,
+    "heads": {"text": {}},
+  }
   model = models.build(section)
   objective = dataclasses.replace(S.ar() if name == "ar" else S.bd(16), mask_id=4095)
   sampler = sampling.build({"eos": -2}, objective, model)

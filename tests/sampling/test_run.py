@@ -11,7 +11,6 @@ from genmodels import config, evals, sampling, system
 from genmodels import state as states
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.evals import main as eval_main
-from genmodels.parallel import mesh as meshes
 from genmodels.sampling import main as sample_main
 
 
@@ -50,7 +49,7 @@ def test_images(tmp_path, capsys):
   assert got["exact"] and got["documents"] == 20
   assert got["bits_per_token"] == pytest.approx(math.log2(levels), rel=1e-5)
   assert got["bits_per_byte"] == pytest.approx(math.log2(levels), rel=1e-5)  # a pixel is a token
-  args = ["--workdir", str(tmp_path), "--labels", "3,7", "--n", "2", "--json", "guidance=1.0"]
+  args = ["--workdir", str(tmp_path), "--labels", "3,7", "--n", "2", "--json", "guidance.scale=1.0"]
   assert sample_main.main(args) == 0
   got = out(capsys)
   assert [s["prompt"] for s in got["samples"]] == [3, 3, 7, 7] and got["cache"] == "causal_exact"
@@ -60,11 +59,22 @@ def test_images(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_text(tmp_path, capsys):
-  overrides = ["data.limit=200000", "data.heldout=0.2", "data.documents=4"]
+  overrides = ["data.documents=40", "data.heldout=0.3"]
   parts, params = workdir(tmp_path, "language/bd3lm:tiny", overrides, ema=True)
   run = sampling.load_run(tmp_path)
   assert all(float(abs(x).max()) == 0 for x in jax.tree.leaves(run.trees["model"]))  # the average is taken
-  args = ["--workdir", str(tmp_path), "--prompt", "def ", "--prompt", "", "--length", "24", "--json", "top_p=1.0"]
+  args = [
+    "--workdir",
+    str(tmp_path),
+    "--prompt",
+    "def ",
+    "--prompt",
+    "",
+    "--length",
+    "24",
+    "--json",
+    "top_p=1.0",
+  ]
   assert sample_main.main(args) == 0
   first = out(capsys)
   assert first["cache"] == "block_exact" and len(first["samples"]) == 2
@@ -76,16 +86,16 @@ def test_text(tmp_path, capsys):
   text = tmp_path / "text.txt"
   text.write_text("héllo\n" * 40)
   with pytest.warns(UserWarning, match="trained with 4"):
-    eval_main.main(["--workdir", str(tmp_path), "--file", str(text), "--draws", "2", "--block", "8", "--json"])
+    eval_main.main(
+      ["--workdir", str(tmp_path), "--file", str(text), "--draws", "2", "--block", "8", "--json"]
+    )
   got = out(capsys)
   assert got["block"] == 8 and not got["exact"] and any("trained with 4" in n for n in got["notes"])
   assert got["bytes"] == 7 * 40  # é is two bytes; BOS is given, EOS is predicted and is no byte
   assert got["tokens"] == 7 * 40 + 1
   # All weights zero: uniform over the vocabulary without the mask.
   assert got["bits_per_token"] == pytest.approx(math.log2(parts.model.cfg.vocab - 1), rel=1e-5)
-  evaluator = evals.Evaluator(
-    evals.EvalConfig(documents=5, draws=2), run.parts, meshes.make_mesh(meshes.MeshConfig(), jax.devices()[:1]), jax.random.key(0)
-  )
+  evaluator = evals.Evaluator(evals.EvalConfig(documents=5, draws=2), run.parts, run.mesh, jax.random.key(0))
   assert evaluator(run.trees, run.step)["documents"] == 5
 
 

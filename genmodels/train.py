@@ -166,12 +166,13 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     """Metrics of step `at`, fetched when the next one is already running."""
     m = jax.device_get(m)  # waits for the step: this time is the step's
     with ledger.span("metrics"):
-      meter.add(
-        tokens=tokens_per_step,
-        slots=sum(int(w["slots"]) for w in m["work"].values() if w),
-        loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
-        flops=sum(_flops(flops, w, 3 if name == "model" else 1) for name, w in m["work"].items() if w),
-      )
+      if at > start + 1:  # the first step's time is compilation, which no rate counts
+        meter.add(
+          tokens=tokens_per_step,
+          slots=sum(int(w["slots"]) for w in m["work"].values() if w),
+          loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
+          flops=sum(_flops(flops, w, 3 if name == "model" else 1) for name, w in m["work"].items() if w),
+        )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
         say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import json
 import re
 
@@ -58,6 +59,10 @@ def test_on_a_terminal_the_line_is_rewritten_and_cleared():
   live.beat()
   live.write("done\n")
   assert out.getvalue() == "\r  … sampling, 2s\x1b[K\r\x1b[Kdone\n"
+  live.write("\rstep 1/9")  # a progress line that is being rewritten stays
+  clock.now = 20.0
+  live.beat()
+  assert out.getvalue().endswith("step 1/9")
 
 
 # --------------------------------------------------------------------------------------------- stages
@@ -244,11 +249,16 @@ def test_quickstart_ends_and_skips_what_is_done(tmp_path, monkeypatch):
   done = out.getvalue().count("done before")
   assert done == 5 + len(run.MODELS) and again["results"] == first["results"]
   assert (tmp_path / "q" / "report.html").stat().st_size > 20_000
-  for part in recipes.PARTS:  # what was counted before the run is what the trainer counted in it
+  for part in recipes.PARTS:  # what is counted before a run is what the trainer counts in it
     lines = (tmp_path / "q" / part / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    counted = sum(r["flops_per_second_per_device"] * r["step_seconds"] * jax.device_count() for r in records)
-    assert len(records) == first["runs"][part]["steps"]
-    assert counted == pytest.approx(first["runs"][part]["flops"], rel=1e-9)
+    steps = first["runs"][part]["steps"]
+    assert [r["step"] for r in records] == list(range(1, steps + 1))
+    cfg = recipes.recipe(part, str(tmp_path / "q"), scale=0.1, steps=steps)
+    for record, flops in zip(records[1:], itertools.islice(recipes.step_flops(cfg), 1, None)):
+      seen = record["flops_per_second_per_device"] * record["step_seconds"] * jax.device_count()
+      assert seen == pytest.approx(flops, rel=1e-9)
+  start = json.loads((tmp_path / "q" / "convert" / "metrics.jsonl").read_text().splitlines()[0])
+  assert start["loss/diffusion"] == pytest.approx(start["loss/ar"], abs=1e-4)  # block size 1 is the AR model
   budget = first["runs"]["ar"]["flops"] + first["runs"]["convert"]["flops"]
   assert 1 <= first["runs"]["scratch"]["flops"] / budget < 1.1

@@ -15,7 +15,8 @@ class Live:
   """A text stream that says what is going on whenever nothing else was written for a while.
 
   Compilation, evaluation and sampling have no progress of their own; after `every` seconds of silence
-  (1 on a terminal, where the line is rewritten in place) a line names the stage and its age.
+  (1 on a terminal, where the line is rewritten in place, and never over a line that somebody else is
+  rewriting) a line names the stage and its age.
 
   Args:
     out: the stream underneath; default stderr.
@@ -28,7 +29,7 @@ class Live:
     self._terminal = self._out.isatty()
     self._every, self._clock = (1.0 if self._terminal else every), clock
     self._lock, self._stop = threading.Lock(), threading.Event()
-    self._what, self._since, self._last, self._open = "", clock(), clock(), False
+    self._what, self._since, self._last, self._open, self._others = "", clock(), clock(), False, False
     self._thread = threading.Thread(target=self._watch, daemon=True)
 
   def __enter__(self) -> Live:
@@ -55,7 +56,7 @@ class Live:
       self._clear()
       self._out.write(text)
       self._out.flush()
-      self._last = self._clock()
+      self._last, self._others = self._clock(), self._terminal and not text.endswith("\n")
     return len(text)
 
   def flush(self) -> None:
@@ -65,7 +66,7 @@ class Live:
     """Writes the line if it is due."""
     with self._lock:
       now = self._clock()
-      if now - self._last < self._every or not self._what:
+      if now - self._last < self._every or not self._what or self._others:
         return
       line = f"  … {self._what}, {duration(now - self._since)}"
       self._out.write(f"\r{line}\x1b[K" if self._terminal else line + "\n")

@@ -115,7 +115,7 @@ def quickstart(root: str, options: Options = Options(), out=None) -> dict:
   with Live(out) as live:
     stages = Stages(folder, options, live, names)
     began = time.monotonic()
-    live.write(f"quickstart in {folder}: about 5 minutes on two idle cores\n")
+    live.write(f"quickstart in {folder}: about 330 seconds of CPU time\n")
     facts = stages("data", "text of the Python standard library", lambda: _prepare(folder))
     runs = {}
     for part in recipes.PARTS:

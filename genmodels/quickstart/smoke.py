@@ -21,7 +21,7 @@ import numpy as np
 from genmodels import config, train
 from genmodels.sampling import run as saved
 
-STEPS, SAVE = 40, 10
+STEPS, SAVE = 60, 10
 
 
 class SmokeError(RuntimeError):

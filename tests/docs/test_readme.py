@@ -19,3 +19,8 @@ def test_pages_and_pictures_that_are_linked_exist():
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
       if "://" not in target:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_pictures_are_small():
+  pictures = list(README.parent.glob("docs/images/*"))
+  assert pictures and all(p.stat().st_size < 200_000 for p in pictures)

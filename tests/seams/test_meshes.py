@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from genmodels import step as steps
 from genmodels.parallel import rules
 
 from . import systems
@@ -79,3 +80,12 @@ def test_a_row_read_twice_is_seen(alone):
   with rules.use_mesh(bench.mesh):
     _, m = bench.step(bench.fresh(), jax.tree.map(lambda x: x[at], bench.row(0)), bench.key)
   assert abs(float(m["loss"]) / want[0] - 1) > 1e-4
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh(alone):
+  """Accumulation and sharding together: the same losses again."""
+  want, _, _ = alone("language/bd3lm")
+  parts = systems.build("language/bd3lm")
+  losses, _ = systems.bench(parts, steps.StepConfig(accumulate=2), data=2, fsdp=2).run(3)
+  np.testing.assert_allclose(losses, want[:3], rtol=1e-5)

@@ -12,7 +12,8 @@ Legend: B rows of the global batch · A micro-batches.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def micro_batches(row: Row, count: int) -> Row:
   return jax.tree.map(split, row)
 
 
-def bind(fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model", key=None) -> Nets:
+def bind(
+  fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model", key=None
+) -> Nets:
   """Binds network functions fn(trees, *args) to trees; only the player's own tree lets gradients pass.
 
   Args:
@@ -110,8 +113,11 @@ def make_train_step(
       sums, _, aux = objective.run(nets, row, key, step)
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
-      source = {t: metrics.by_group(v, jnp.ones_like(v), metrics.source_of(row), sources)
-                for t, v in aux["per_token"].items() if sources > 1 and v.shape == row.doc.shape}
+      source = {
+        t: metrics.by_group(v, jnp.ones_like(v), metrics.source_of(row), sources)
+        for t, v in aux["per_token"].items()
+        if sources > 1 and v.shape == row.doc.shape
+      }
       return loss, (sums, {"ratios": aux["ratios"], "work": aux.get("work", {}), "source": source})
 
     (loss, (sums, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -65,7 +65,7 @@ def test_scan_equals_a_loop_over_layers():
         segment, repeat, position = layer_path(cfg, i)
         leaves = self.variables["params"][f"s{segment}"][f"l{position}"]
         spec = cfg.segments[segment].pattern[position]
-        one = jax.tree.map(lambda a: a[repeat], leaves)  # noqa: B023
+        one = jax.tree.map(lambda a: a[repeat], leaves)
         h, _ = Layer(cfg, spec, parent=None).apply({"params": one}, h, None, ctx)
       return h, None
 

@@ -308,7 +308,7 @@ def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
   """What a network call executed, as sums that add up over micro-batches; see metrics.step_flops.
 
   Returns:
-    {"slots": int32, "pairs": {pattern: uint32[4] limbs}, "reads": {head: int32}}; {} for a network that
+    {"slots": int32, "pairs": {pattern: int32[5] limbs}, "reads": {head: int32}}; {} for a network that
     does not count.
   """
   if not outputs.work:

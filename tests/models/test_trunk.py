@@ -103,6 +103,18 @@ def test_remat_changes_memory_not_gradients(remat):
   assert less < most
 
 
+def test_the_attn_out_preset_saves_one_attention_output(capsys):
+  model, params = cases.build(remat=dict(preset="attn_out"), layers=2)
+  ids = cases.tokens(2, 24)
+  x, t = cases.inputs(ids), cases.everywhere(ids)
+  cfg = model.cfg
+  jax.ad_checkpoint.print_saved_residuals(
+    lambda p: model.apply(p, x, t).dists["t"].nll(ids[..., 0]).sum(), params
+  )
+  shape = f"[{cfg.segments[0].repeats},2,24,{cfg.num_heads},{cfg.head_dim}]"
+  assert capsys.readouterr().out.count(shape) == len(cfg.segments[0].pattern)  # layers, rows, slots, heads
+
+
 def test_layer_remat_overrides_the_preset():
   model, params = cases.build(pattern=[dict(remat="none"), dict(remat="full")], remat=dict(preset="dots"))
   x = cases.inputs(cases.tokens(1, 8))

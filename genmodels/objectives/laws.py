@@ -93,8 +93,8 @@ def _weights(objective) -> list[str]:
     curved = getattr(c, "count", "exact") == "exact" and getattr(c, "schedule", "linear") == "cosine"
     if getattr(c, "complement", False) and term.weight == "nelbo" and curved:
       raise ConfigError(
-        "a complementary pair takes weight 1 or the inverse marginals {1/r, 1/(1 − r)}; under a cosine schedule "
-        "the bound's weight is neither", key=f"objective.terms.{name}.weight", value=term.weight,
+        "a complementary pair takes weight 1 or the inverse marginals {1/r, 1/(1 − r)}; under a cosine "
+        "schedule the bound's weight is neither", key=f"objective.terms.{name}.weight", value=term.weight,
         fix="weight='inverse_marginal' or 'one', or a linear schedule",
       )  # fmt: skip
   if objective.reproduction:

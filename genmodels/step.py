@@ -86,6 +86,7 @@ def make_train_step(
   cfg: StepConfig = StepConfig(),
   latent: Any = None,
   sources: int = 1,
+  trainable: Any = None,
 ) -> Callable[[TrainState, Row, Array], tuple[TrainState, dict]]:
   """Builds step(state, row, key) -> (state, metrics), to be jitted with the state donated.
 
@@ -94,6 +95,7 @@ def make_train_step(
     fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; "model" is trained.
     tx: the optimiser of trees["model"].
     latent: the bound Latent, or None.
+    trainable: bool tree like trees["model"], see optim.trainable: no gradient is taken of the rest; None: all.
     sources: data sources, for the loss by source (only where there are several).
 
   Returns:
@@ -108,6 +110,7 @@ def make_train_step(
 
   def gradients(params, trees, row, key, step, total, index):
     def loss_of(params):
+      params = params if trainable is None else optim.stop_frozen(params, trainable)
       drop = jax.random.fold_in(jax.random.fold_in(key, step), index)
       nets = bind(fns, {**trees, "model": params}, latent, key=drop)
       sums, _, aux = objective.run(nets, row, key, step)

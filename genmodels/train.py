@@ -159,21 +159,16 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: replicated: {text}")
 
   # -- step, data, evaluation, samples -----------------------------------------------------------------
-  step_fn = steps.make_train_step(
-    objective, parts.fns, tx, tcfg, parts.latent, sources=len(parts.data.meta.sources)
-  )
+  moving = optim.trainable(ocfg, shapes)
+  sources = len(parts.data.meta.sources)
+  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources, moving)
   compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
-  flops = metrics.model_flops(
-    shapes,
-    axes,
-    models.attention_sizes(model.cfg),
-    models.head_paths(model.cfg),
-    optim.trainable(ocfg, shapes),
-  )
+  attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
+  flops = metrics.model_flops(shapes, axes, attention, heads, moving)
   start = int(state.step)
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()

@@ -95,7 +95,7 @@ def make_train_step(
     fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; "model" is trained.
     tx: the optimiser of trees["model"].
     latent: the bound Latent, or None.
-    trainable: bool tree like trees["model"], see optim.trainable: no gradient is taken of the rest; None: all.
+    trainable: bool tree like trees["model"], see optim.trainable: the rest gets no gradient; None: all.
     sources: data sources, for the loss by source (only where there are several).
 
   Returns:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from genmodels import step as steps
 from genmodels.parallel import rules
 
 from . import systems
@@ -63,7 +64,9 @@ def test_losses_and_gradients_do_not_know_the_mesh(alone, name, mesh):
 
 def moments(state) -> list[np.ndarray]:
   """The leaves of the first moment."""
-  mu = [s.mu for s in jax.tree.leaves(state.opt["model"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")]
+  mu = [
+    s.mu for s in jax.tree.leaves(state.opt["model"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")
+  ]
   assert len(mu) == 1
   return [np.asarray(x) for x in jax.tree.leaves(mu[0])]
 
@@ -79,3 +82,12 @@ def test_a_row_read_twice_is_seen(alone):
   with rules.use_mesh(bench.mesh):
     _, m = bench.step(bench.fresh(), jax.tree.map(lambda x: x[at], bench.row(0)), bench.key)
   assert abs(float(m["loss"]) / want[0] - 1) > 1e-4
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh(alone):
+  """Accumulation and sharding together: the same losses again."""
+  want, _, _ = alone("language/bd3lm")
+  parts = systems.build("language/bd3lm")
+  losses, _ = systems.bench(parts, steps.StepConfig(accumulate=2), data=2, fsdp=2).run(3)
+  np.testing.assert_allclose(losses, want[:3], rtol=1e-5)

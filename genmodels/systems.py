@@ -69,11 +69,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def markdown(systems: Sequence[System]) -> str:
-  """The table in Markdown: name, paper, arXiv link, number of tests."""
-  lines = ["| system | paper | arXiv | tests |", "|---|---|---|---|"]
+  """The table in Markdown: name, paper, arXiv link."""
+  lines = ["| system | paper | arXiv |", "|---|---|---|"]
   for s in systems:
     link = f"[{s.paper.arxiv}](https://arxiv.org/abs/{s.paper.arxiv})" if s.paper.arxiv else ""
-    lines.append(f"| `{s.name}` | {s.paper.title} | {link} | {len(s.tests)} |")
+    lines.append(f"| `{s.name}` | {s.paper.title} | {link} |")
   return "\n".join(lines)
 
 

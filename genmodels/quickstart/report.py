@@ -41,7 +41,7 @@ th, td { padding: .42rem .55rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; font-size: .8rem; color: #5a626c; border-bottom: 1.5px solid #c9cdd3; }
 td { border-bottom: 1px solid #e7e5e1; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 8.5rem; }
-tr.best td { font-weight: 600; }
+@media (min-width: 44rem) { td:first-child { white-space: nowrap; } }
 .dot { display: inline-block; width: .62em; height: .62em; border-radius: 50%; margin-right: .45em; }
 .sample { background: #fff; border: 1px solid #e7e5e1; border-radius: 6px; padding: .6rem .75rem;
   margin: .5rem 0; font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;

@@ -35,7 +35,7 @@ from genmodels.sampling import run as saved
 
 # name: (run, block size to evaluate and to decode with; 0 for none)
 MODELS = {"ar": ("ar", 0), **{f"b{b}": ("convert", b) for b in recipes.BLOCKS}, "scratch": ("scratch", 0)}
-PROMPTS = ("def ", "import ")
+PROMPTS = ("def ", "class ")
 NEW_TOKENS = 96
 
 

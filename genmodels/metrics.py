@@ -123,17 +123,6 @@ def model_flops(
   )
 
 
-def flops_of(model: Any, trainable: Any = None) -> ModelFlops:
-  """ModelFlops of a `models.Model`: heads by path, head dimensions and layers from its config."""
-  cfg = model.cfg
-  specs = [spec for s in cfg.segments for spec in s.pattern for _ in range(s.repeats)]
-  attention = collections.Counter()
-  for spec in specs:
-    attention[spec.mask] += cfg.num_heads * cfg.head_dim
-  heads = {name: "^embed/tokens/" if head.tied else f"^heads/{name}/" for name, head in cfg.heads}
-  return model_flops(model.abstract_params(), model.logical_axes(), attention, heads, trainable)
-
-
 def step_flops(model: ModelFlops, work: Mapping[str, Any], passes: int = 3) -> dict[str, float]:
   """FLOPs of one net call over the global batch (sum them over the calls of a step).
 
@@ -170,45 +159,19 @@ def step_flops(model: ModelFlops, work: Mapping[str, Any], passes: int = 3) -> d
 
 
 def limbs(counts: Array) -> Array:
-  """Exact sum of non-negative int32 counts inside jit, as uint32[4] sums of their bytes.
+  """Exact sum of non-negative int32 counts inside jit, as int32[5] sums of their 7-bit digits.
 
   One row of 2·64k two-stream slots allows more pairs than an int32 holds, and jax has no int64 by
-  default. Limbs add up (over micro-batches, devices) for up to 2²⁴ counts; `unlimb` reads them.
+  default. Limbs add up (over micro-batches, devices) for up to 2²⁴ counts; `unlimb` reads them. They
+  are int32 so that one all-reduce takes them and the other counts of a step together.
   """
-  x = counts.astype(jnp.uint32).reshape(-1)
-  shifts = jnp.arange(4, dtype=jnp.uint32) * 8
-  return jnp.sum((x[:, None] >> shifts) & 255, axis=0, dtype=jnp.uint32)
-
-
-def sum_work(
-  work: Mapping[str, Any], rows: int, reads: Mapping[str, Array] | None = None
-) -> dict[str, Array]:
-  """`Outputs.work` reduced inside jit to what `read_work` turns into totals.
-
-  Args:
-    work: {"slots": int32, "pairs": {pattern: int32[B or 1, S]}}; a mask of one row is shared by all.
-    rows: B.
-    reads: {head: number of read positions, times draws}, int32.
-  """
-  out = {"slots": work["slots"]}
-  for pattern, n in work["pairs"].items():
-    out[f"pairs/{pattern}"] = limbs(jnp.broadcast_to(n, (rows, *n.shape[1:])))
-  return out | {f"reads/{head}": n for head, n in (reads or {}).items()}
-
-
-def read_work(work: Mapping[str, Any]) -> dict[str, Any]:
-  """The host totals that `step_flops` takes, from the fetched result of `sum_work`."""
-  group = lambda kind: {k.partition("/")[2]: v for k, v in work.items() if k.startswith(kind + "/")}
-  return {
-    "slots": int(work["slots"]),
-    "pairs": {p: unlimb(v) for p, v in group("pairs").items()},
-    "reads": {h: int(n) for h, n in group("reads").items()},
-  }
+  digit = (counts.astype(jnp.int32).reshape(-1)[:, None] >> (jnp.arange(5) * 7)) & 127
+  return jnp.sum(digit, axis=0, dtype=jnp.int32)
 
 
 def unlimb(x: Any) -> int:
-  """The integer that uint32[4] limbs stand for (host)."""
-  return sum(int(v) << (8 * i) for i, v in enumerate(np.asarray(x)))
+  """The integer that int32[5] limbs stand for (host)."""
+  return sum(int(v) << (7 * i) for i, v in enumerate(np.asarray(x)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import ml_collections
 
 
-def system(name: str, *, title: str, arxiv: str, row: int, tests: tuple[str, ...], **sections) -> ml_collections.ConfigDict:
+def system(
+  name: str, *, title: str, arxiv: str, row: int, tests: tuple[str, ...], **sections
+) -> ml_collections.ConfigDict:
   """A whole system file's config.
 
   Args:
@@ -62,7 +64,13 @@ def qwen3(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) ->
 
 def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:
   """AdamW with clipping at 1.0 and a schedule of the given kind."""
-  return {"name": "adamw", "lr": lr, "weight_decay": weight_decay, "schedule": {"kind": kind, "warmup": warmup}, **kw}
+  return {
+    "name": "adamw",
+    "lr": lr,
+    "weight_decay": weight_decay,
+    "schedule": {"kind": kind, "warmup": warmup},
+    **kw,
+  }
 
 
 def packed_text(seq_len: int, **kw) -> dict:
@@ -72,7 +80,9 @@ def packed_text(seq_len: int, **kw) -> dict:
 
 def tiny_text(cfg: ml_collections.ConfigDict, steps: int = 60) -> ml_collections.ConfigDict:
   """The `:tiny` variant of a text system: 2 layers of width 64 on bytes of the Python standard library."""
-  cfg.model.update(width=64, layers=2, num_heads=4, num_kv_heads=2, mlp=128, dtype="float32", vocab_multiple=8)
+  cfg.model.update(
+    width=64, layers=2, num_heads=4, num_kv_heads=2, mlp=128, dtype="float32", vocab_multiple=8
+  )
   cfg.model.head_dim = 16
   cfg.model.remat = {"preset": "none"}
   cfg.data = {"kind": "python", "seq_len": 64, "documents": 200}

@@ -12,7 +12,8 @@ Legend: B rows of the global batch · A micro-batches.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def micro_batches(row: Row, count: int) -> Row:
   return jax.tree.map(split, row)
 
 
-def bind(fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model", key=None) -> Nets:
+def bind(
+  fns: Mapping[str, Callable], trees: Mapping[str, Any], latent=None, player: str = "model", key=None
+) -> Nets:
   """Binds network functions fn(trees, *args) to trees; only the player's own tree lets gradients pass.
 
   Args:
@@ -83,6 +86,7 @@ def make_train_step(
   cfg: StepConfig = StepConfig(),
   latent: Any = None,
   sources: int = 1,
+  trainable: Any = None,
 ) -> Callable[[TrainState, Row, Array], tuple[TrainState, dict]]:
   """Builds step(state, row, key) -> (state, metrics), to be jitted with the state donated.
 
@@ -91,6 +95,7 @@ def make_train_step(
     fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; "model" is trained.
     tx: the optimiser of trees["model"].
     latent: the bound Latent, or None.
+    trainable: bool tree like trees["model"], see optim.trainable: no gradient is taken of the rest; None: all.
     sources: data sources, for the loss by source (only where there are several).
 
   Returns:
@@ -105,13 +110,17 @@ def make_train_step(
 
   def gradients(params, trees, row, key, step, total, index):
     def loss_of(params):
+      params = params if trainable is None else optim.stop_frozen(params, trainable)
       drop = jax.random.fold_in(jax.random.fold_in(key, step), index)
       nets = bind(fns, {**trees, "model": params}, latent, key=drop)
       sums, _, aux = objective.run(nets, row, key, step)
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
-      source = {t: metrics.by_group(v, jnp.ones_like(v), metrics.source_of(row), sources)
-                for t, v in aux["per_token"].items() if sources > 1 and v.shape == row.doc.shape}
+      source = {
+        t: metrics.by_group(v, jnp.ones_like(v), metrics.source_of(row), sources)
+        for t, v in aux["per_token"].items()
+        if sources > 1 and v.shape == row.doc.shape
+      }
       return loss, (sums, {"ratios": aux["ratios"], "work": aux.get("work", {}), "source": source})
 
     (loss, (sums, aux)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -7,7 +7,8 @@ the mask id) is filled in here, once, for training, sampling and evaluation alik
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from genmodels import config, data, latents, models, objectives
 from genmodels.config import ConfigError
@@ -74,7 +75,9 @@ def _with_vocabulary(section, meta, objective) -> dict:
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():
     whole = head.get("kind", "categorical") == "categorical" and head.get("size") is None
-    if whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head:
+    if (
+      whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head
+    ):
       head["forbid"] = (objective.mask_id,)
   return section
 
@@ -107,6 +110,8 @@ def _functions(cfg, model) -> dict[str, Callable]:
   for name, spec in config.plain(cfg.get("trees", {}) or {}).items():
     view = spec.get("view") if isinstance(spec, dict) else spec
     if view != "no_lora":
-      raise ConfigError("unknown view", key=f"trees.{name}.view", value=view, fix="the known view is 'no_lora'")
+      raise ConfigError(
+        "unknown view", key=f"trees.{name}.view", value=view, fix="the known view is 'no_lora'"
+      )
     fns[name] = lambda trees, *a, **kw: model.apply(models.lora.strip(trees["model"]), *a, **kw)
   return fns

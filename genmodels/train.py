@@ -15,10 +15,11 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from genmodels import config, data, evals, metrics, models, optim, state as states, step as steps, system
+from genmodels import config, evals, metrics, models, optim, system
+from genmodels import state as states
+from genmodels import step as steps
 from genmodels.checkpoint import init as initialisation
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
@@ -101,7 +102,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   if batch_size % shards:
     raise ConfigError(
-      f"the global batch does not divide over the mesh's data × fsdp = {shards}", key="batch_size", value=batch_size,
+      f"the global batch does not divide over the mesh's data × fsdp = {shards}",
+      key="batch_size", value=batch_size,
       fix=f"a multiple of {shards}",
     )  # fmt: skip
   parts = system.build(cfg, workdir=str(workdir))
@@ -111,7 +113,15 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   # A table: computed when it is logged, the rate would queue behind the running step and be charged its time.
   rates = np.asarray(jax.jit(jax.vmap(lr))(np.arange(tcfg.steps)))
   resolved = config.resolved(
-    {"train": tcfg, "optim": ocfg, "eval": ecfg, "checkpoint": ccfg, "mesh": mcfg, "model": model.cfg, "objective": objective}
+    {
+      "train": tcfg,
+      "optim": ocfg,
+      "eval": ecfg,
+      "checkpoint": ccfg,
+      "mesh": mcfg,
+      "model": model.cfg,
+      "objective": objective,
+    }
   )
   if lead:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -149,13 +159,16 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     say(f"note: replicated: {text}")
 
   # -- step, data, evaluation, samples -----------------------------------------------------------------
-  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources=len(parts.data.meta.sources))
+  moving = optim.trainable(ocfg, shapes)
+  sources = len(parts.data.meta.sources)
+  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources, moving)
   compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
-  flops = metrics.model_flops(shapes, axes, models.attention_sizes(model.cfg), models.head_paths(model.cfg), optim.trainable(ocfg, shapes))
+  attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
+  flops = metrics.model_flops(shapes, axes, attention, heads, moving)
   start = int(state.step)
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()
@@ -175,7 +188,10 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         )
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
-        say(f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm {scalars['grad_norm']:.4g}); documents {documents}")
+        say(
+          f"step {at}: update refused (loss {scalars['loss']:.4g}, gradient norm "
+          f"{scalars['grad_norm']:.4g}); documents {documents}"
+        )
       if at % tcfg.log_every and at != tcfg.steps:
         return
       for term, sums in m["source"].items():
@@ -189,7 +205,9 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
 
   def save(at: int, metric=None) -> None:
     with ledger.span("save"):
-      saver.save(at, state, meta={"config": config.plain(cfg), "plan": parts.data.plan.chain()[-1:]}, metric=metric)
+      saver.save(
+        at, state, meta={"config": config.plain(cfg), "plan": parts.data.plan.chain()[-1:]}, metric=metric
+      )
 
   pending = None
   # After the first step nothing may move between host and device unless the code says so.
@@ -204,9 +222,12 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           row = system.row_of(multihost.global_batch(local, mesh, batch_size))
         first = at == start + 1
         # On a CPU nothing is gained by a second step in flight: host and device are the same cores, and on a
-        # mesh of host devices several steps deadlock its collectives. Rates are then those of their own steps.
+        # mesh of host devices several steps deadlock its collectives. Rates are then of their own steps.
         wait = first or jax.default_backend() == "cpu"
-        with ledger.span("compile") if first else contextlib.nullcontext(), contextlib.nullcontext() if first else guard():
+        with (
+          ledger.span("compile") if first else contextlib.nullcontext(),
+          contextlib.nullcontext() if first else guard(),
+        ):
           state, m = compiled(state, row, key)
           if wait:
             jax.block_until_ready(m)
@@ -232,7 +253,9 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
               say(f"step {at}: held out {metric:.4f} {evals.METRIC.replace('_', ' ')}")
         if tcfg.sample_every and at % tcfg.sample_every == 0:
           with ledger.span("sample"):
-            runs.during_training(cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples)
+            runs.during_training(
+              cfg, parts, steps.evaluated_trees(state, tcfg), workdir / "samples", at, tcfg.samples
+            )
         saver.check()  # a save that failed in the background
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
@@ -285,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="genmodels train", description=__doc__.split("\n")[0])
   parser.add_argument("--config", required=True, help="path or name of a system, with :variant")
   parser.add_argument("--workdir", required=True, help="folder of the run; the same one again continues it")
-  parser.add_argument("--debug", action="store_true", help="no jit, no scan; shapes and the first non-finite tensor")
+  parser.add_argument(
+    "--debug", action="store_true", help="no jit, no scan; shapes and the first non-finite tensor"
+  )
   parser.add_argument("overrides", nargs="*", help="key.path=value")
   args = parser.parse_args(argv)
   cfg = config.load(args.config, args.overrides)

@@ -24,7 +24,11 @@ from genmodels.parallel import rules
 from genmodels.state import param_paths
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-REFS = [f"{n}:{v}" if v else n for n in config.names() for v in config.variants(config.load_module(config.find(n)[0]))]
+REFS = [
+  f"{n}:{v}" if v else n
+  for n in config.names()
+  for v in config.variants(config.load_module(config.find(n)[0]))
+]
 # 64 devices, an axis of every kind that splits parameters.
 MESH = {"data": 2, "fsdp": 8, "tensor": 4, "context": 1}
 

@@ -69,7 +69,13 @@ def test_every_system_trains(name, tmp_path, corpus):
   assert "done: step 30" in out
 
 
-FAMILIES = ("language/ar", "language/bd3lm", "vision/raster_digits", "vision/next_scale_digits", "multimodal/flow_digits")
+FAMILIES = (
+  "language/ar",
+  "language/bd3lm",
+  "vision/raster_digits",
+  "vision/next_scale_digits",
+  "multimodal/flow_digits",
+)
 
 
 @pytest.mark.slow
@@ -103,7 +109,14 @@ def test_a_run_learns_and_says_so(finished):
   assert out.startswith("done: step 30, loss ")
   assert "from scratch" in err and "step 30/30" in err and "held out" in err
   last = records(workdir)[30]
-  for key in ("grad_norm", "update_norm", "lr", "tokens_per_second", "denominator/diffusion", "eval/bits_per_token"):
+  for key in (
+    "grad_norm",
+    "update_norm",
+    "lr",
+    "tokens_per_second",
+    "denominator/diffusion",
+    "eval/bits_per_token",
+  ):
     assert math.isfinite(last[key]), key
   assert last["skipped"] == 0
 
@@ -139,7 +152,9 @@ def test_resume_is_bit_exact(tmp_path, corpus):
   """10 steps, and 5 steps, a checkpoint and 5 more: losses and the whole state, bit for bit."""
   small = ("model.layers=1", "model.width=32", "data.seq_len=32", "train.ema=0.9", "train.tensorboard=False")
   settings = (*overrides_of("language/mdlm", 10, corpus), "train.save_every=5", "eval.every=0", *small)
-  go = lambda folder: train.train(config.load("language/mdlm:tiny", settings), str(tmp_path / folder), out=io.StringIO())
+  go = lambda folder: train.train(
+    config.load("language/mdlm:tiny", settings), str(tmp_path / folder), out=io.StringIO()
+  )
   straight = go("straight")
   shutil.copytree(tmp_path / "straight/checkpoints/5", tmp_path / "parts/checkpoints/5")
   resumed = go("parts")
@@ -256,7 +271,9 @@ def test_a_sound_config_reaches_its_state(tmp_path, corpus, monkeypatch):
 
 def test_one_noisy_stream_is_noted(tmp_path, corpus, monkeypatch):
   """Laws that warn: D2F's blocks condition on noisy blocks, SDAR's loss is no bound."""
-  monkeypatch.setattr(train.initialisation, "initialise", lambda *a, **k: (_ for _ in ()).throw(ConfigError("stop")))
+  monkeypatch.setattr(
+    train.initialisation, "initialise", lambda *a, **k: (_ for _ in ()).throw(ConfigError("stop"))
+  )
   assert "note: one noisy stream" in run("language/d2f:tiny", tmp_path / "a", *corpus)[2]
   assert "note: reproduction" in run("language/sdar:tiny", tmp_path / "b", *corpus)[2]
   assert "note:" not in run("language/bd3lm:tiny", tmp_path / "c", *corpus)[2]
@@ -306,13 +323,34 @@ def test_train_and_step_name_no_system():
   from genmodels.objectives.base import registry
 
   words = {n.split("/")[1] for n in config.names()} - {"ar"}
-  words |= {"d2f", "llada", "mdlm", "bd3", "nbdiff", "sdar", "dream", "var", "llamagen", "digits", "flow", "nextstep"}
+  words |= {
+    "d2f",
+    "llada",
+    "mdlm",
+    "bd3",
+    "nbdiff",
+    "sdar",
+    "dream",
+    "var",
+    "llamagen",
+    "digits",
+    "flow",
+    "nextstep",
+  }
   words |= set(registry()) | set(corruptions) | set(layouts)
-  pattern = re.compile(r"(?<![A-Za-z])(" + "|".join(sorted(words, key=len, reverse=True)) + r")(?![A-Za-z])", re.I)
+  pattern = re.compile(
+    r"(?<![A-Za-z])(" + "|".join(sorted(words, key=len, reverse=True)) + r")(?![A-Za-z])", re.I
+  )
   for module in (train, step):
     code = pathlib.Path(module.__file__).read_text()
-    code = code.replace("configs/language/bd3lm.py:tiny", "").replace("runs/bd3lm", "")  # the example of the usage
-    found = {m.group(1) for m in pattern.finditer(code)} - {"clean", "tokens", "streams"}  # ordinary words, too
+    code = code.replace("configs/language/bd3lm.py:tiny", "").replace(
+      "runs/bd3lm", ""
+    )  # the example of the usage
+    found = {m.group(1) for m in pattern.finditer(code)} - {
+      "clean",
+      "tokens",
+      "streams",
+    }  # ordinary words, too
     assert not found, (module.__name__, found)
     assert not re.search(r"objective\s*(==|\bin\b)|isinstance\(.*(objective|layout|corruption)", code)
   assert len(pathlib.Path(train.__file__).read_text().splitlines()) <= 350

@@ -24,7 +24,11 @@ def get_config(variant: str = ""):
       "tests/objectives/test_bound.py::test_monotone_levels",
     ),
     model=sections.llama(
-      4096, 32, 32, 12288, remat={"preset": "full"},
+      4096,
+      32,
+      32,
+      12288,
+      remat={"preset": "full"},
       lora={"rank": 32, "alpha": 32.0, "targets": "stack/.*/(q|k|v|o)"},
     ),
     objective={
@@ -33,7 +37,9 @@ def get_config(variant: str = ""):
       "layout": {"kind": "streams", "streams": ("n",)},
       "masks": {"full": "block_causal"},
       "teacher_masks": {"full": "full"},
-      "terms": {"distill": {"stream": "n", "on": "hit", "weight": "inverse_marginal", "normaliser": "masked"}},
+      "terms": {
+        "distill": {"stream": "n", "on": "hit", "weight": "inverse_marginal", "normaliser": "masked"}
+      },
     },
     data=sections.packed_text(512),
     optim=sections.adamw(1e-5, warmup=100, freeze=("^(?!.*lora_)",)),

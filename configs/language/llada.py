@@ -21,7 +21,14 @@ def get_config(variant: str = ""):
     model=sections.llama(4096, 32, 32, 12288, remat={"preset": "full"}),
     objective={
       "kind": "tokens",
-      "corruption": {"kind": "absorb", "unit": "doc", "count": "bernoulli", "schedule": "floor", "eps": 1e-3, "time": "uniform"},
+      "corruption": {
+        "kind": "absorb",
+        "unit": "doc",
+        "count": "bernoulli",
+        "schedule": "floor",
+        "eps": 1e-3,
+        "time": "uniform",
+      },
       "layout": {"kind": "streams", "streams": ("n",)},
       "masks": {"full": "full"},
       "terms": {"diffusion": {"stream": "n", "on": "hit", "weight": "inverse_marginal"}},

@@ -24,7 +24,13 @@ def get_config(variant: str = ""):
     model=sections.llama(768, 12, 12, 2048, dropout=0.1),
     objective={
       "kind": "tokens",
-      "corruption": {"kind": "absorb", "unit": "doc", "count": "bernoulli", "schedule": "loglinear", "eps": 1e-3},
+      "corruption": {
+        "kind": "absorb",
+        "unit": "doc",
+        "count": "bernoulli",
+        "schedule": "loglinear",
+        "eps": 1e-3,
+      },
       "layout": {"kind": "streams", "streams": ("n",)},
       "masks": {"full": "full"},
       "terms": {"diffusion": {"stream": "n", "on": "hit", "weight": "nelbo"}},

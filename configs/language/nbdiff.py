@@ -28,13 +28,21 @@ def get_config(variant: str = ""):
       "corruption": {
         "kind": "absorb",
         "unit": "block",
-        "blocks": {"size": {"kind": "steps", "values": (1, 2, 4, 8, 16, 32), "at": (0, 2000, 4000, 8000, 12000, 16000)}},
+        "blocks": {
+          "size": {"kind": "steps", "values": (1, 2, 4, 8, 16, 32), "at": (0, 2000, 4000, 8000, 12000, 16000)}
+        },
       },
       "layout": {"kind": "streams", "streams": ("n", "c")},
       "masks": {"full": "context_causal"},
       "likelihood": "diffusion",
       "terms": {
-        "diffusion": {"stream": "n", "align": "shift_clean_boundary", "on": "hit", "weight": "one", "normaliser": "masked"},
+        "diffusion": {
+          "stream": "n",
+          "align": "shift_clean_boundary",
+          "on": "hit",
+          "weight": "one",
+          "normaliser": "masked",
+        },
         "ar": {"stream": "c", "align": "shift", "scale": 1.0},
       },
     },

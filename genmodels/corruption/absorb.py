@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from genmodels import rows
-from genmodels.contracts import Noise, Row
 from genmodels.config import Schedule
+from genmodels.contracts import Noise, Row
 from genmodels.corruption import rng
 from genmodels.corruption.base import Corruption, eligible
 

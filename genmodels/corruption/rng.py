@@ -68,7 +68,9 @@ def doc_uniform(row: Row, key: Array, step, copy: int, tag: int) -> Array:
   return uniform(threefry2x32(*doc_key(row, key, step, copy, tag), np.uint32(0), np.uint32(1))[0])
 
 
-def token_bits(row: Row, key: Array, step, copy: int, tag: int, at: Array | None = None, lane: int = 0) -> Array:
+def token_bits(
+  row: Row, key: Array, step, copy: int, tag: int, at: Array | None = None, lane: int = 0
+) -> Array:
   """uint32[B, N] of independent bits per (document, position).
 
   Args:

@@ -55,7 +55,7 @@ _NEEDS = {"POS_LE": "pos", "POS_LT": "pos", "ORD_LE": "order", "ORD_LT": "order"
 
 
 def parse(relation: str) -> tuple[tuple[tuple[str, int], ...], ...]:
-  """"A&B(3)|C" -> ((("A", 0), ("B", 3)), (("C", 0),)): clauses of atoms.
+  """ "A&B(3)|C" -> ((("A", 0), ("B", 3)), (("C", 0),)): clauses of atoms.
 
   Raises:
     ValueError: an unknown atom, a missing or superfluous argument.

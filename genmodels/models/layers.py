@@ -207,7 +207,7 @@ class Attention(nn.Module):
         soft_cap=cfg.attn_soft_cap,
         implementation=cfg.attention,
       )
-    y = checkpoint_name(y, "attn_out")
+    # The kernels name their output "attn_out"; a second name here would be a second saved copy.
     axes = ("heads", "head_dim", "embed")
     std = out_std(cfg)
     y = Linear(cfg, "bshk,hkd->bsd", (H, K, D), axes, "o" in cfg.bias, std, name="o")(y, route)

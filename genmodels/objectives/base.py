@@ -126,7 +126,9 @@ class Objective:
     put = lambda name, value: object.__setattr__(self, name, value)
     put("corruption", _built(corruption.REGISTRY, self.corruption, "corruption"))
     put("layout", _built(layouts.REGISTRY, self.layout, "layout"))
-    terms = {k: v if isinstance(v, Term) else config.build(Term, v, f"terms.{k}") for k, v in self.terms.items()}
+    terms = {
+      k: v if isinstance(v, Term) else config.build(Term, v, f"terms.{k}") for k, v in self.terms.items()
+    }
     put("terms", terms)
     put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
     if len(terms) == 1:
@@ -140,18 +142,24 @@ class Objective:
       raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
     for name, t in terms.items():
       if t.stream not in self.layout.streams:
-        raise ValueError(f"terms.{name}.stream is {t.stream!r}; the layout's streams are {self.layout.streams}")
+        raise ValueError(
+          f"terms.{name}.stream is {t.stream!r}; the layout's streams are {self.layout.streams}"
+        )
       if t.align == "shift_clean_boundary" and CLEAN not in self.layout.streams:
-        raise ValueError(f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout")
+        raise ValueError(
+          f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout"
+        )
     if len(self.layout.noisy) > self.corruption.copies:
       raise ValueError(
-        f"layout.streams has {len(self.layout.noisy)} noisy copies but the corruption draws {self.corruption.copies}; "
-        "set corruption.complement=True or drop a stream"
+        f"layout.streams has {len(self.layout.noisy)} noisy copies, the corruption draws "
+        f"{self.corruption.copies}; set corruption.complement=True or drop a stream"
       )
 
   # -- view: the one place where a slot's input, mask and read-out are made, in training and sampling --
 
-  def view(self, row: Row, noise: Noise, only: Array | None = None, latent=None) -> tuple[Inputs, dict[str, Array]]:
+  def view(
+    self, row: Row, noise: Noise, only: Array | None = None, latent=None
+  ) -> tuple[Inputs, dict[str, Array]]:
     """Inputs of the slots, and {term: int32[B, N]} the slot that predicts each token (−1: none).
 
     Args:
@@ -187,7 +195,9 @@ class Objective:
     """bool[B, S, N]: the tokens that a slot's input holds something of. Quadratic: for the leak law."""
     B, N = row.tokens.shape
     copy = jnp.asarray(self.layout.copy_of())[slots.stream]
-    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1)
+    hit = jnp.take_along_axis(
+      noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1
+    )
     shown = (slots.src >= 0) & ((copy < 0) | ~hit)  # a noisy slot shows its token where that was not hit
     return shown[..., None] & (slots.src[..., None] == rows.coordinates(row.doc)[:, None])
 
@@ -298,7 +308,7 @@ def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
   """What a network call executed, as sums that add up over micro-batches; see metrics.step_flops.
 
   Returns:
-    {"slots": int32, "pairs": {pattern: uint32[4] limbs}, "reads": {head: int32}}; {} for a network that
+    {"slots": int32, "pairs": {pattern: int32[5] limbs}, "reads": {head: int32}}; {} for a network that
     does not count.
   """
   if not outputs.work:

@@ -58,7 +58,7 @@ def check(objective) -> list[str]:
           f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} paths "
           "on a symbolic row)",
           key=f"objective.terms.{name}", value=dataclasses.asdict(term) | {"scale": term.scale.to_json()},
-          fix="a shifted loss needs a causal stream; noisy queries may see clean tokens of earlier blocks only",
+          fix="a shifted loss needs a causal stream; noisy queries see clean tokens of earlier blocks only",
         )  # fmt: skip
     clean = copy < 0
     if mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):
@@ -66,8 +66,14 @@ def check(objective) -> list[str]:
         "a clean slot sees a noisy one, so changing the noise changes the clean stream",
         key="objective.masks", value=dict(objective.masks), fix="remove the clean → noisy relation",
       )  # fmt: skip
-  if len(objective.layout.noisy) == 1 and CLEAN not in objective.layout.streams and not objective.corruption.blocks.whole:
-    notes.append("one noisy stream: blocks condition on noisy earlier blocks, unlike a decoder that caches clean ones")
+  if (
+    len(objective.layout.noisy) == 1
+    and CLEAN not in objective.layout.streams
+    and not objective.corruption.blocks.whole
+  ):
+    notes.append(
+      "one noisy stream: blocks condition on noisy earlier blocks, unlike a decoder that caches clean ones"
+    )
   return notes
 
 
@@ -82,16 +88,19 @@ def _weights(objective) -> list[str]:
         key=f"objective.terms.{name}.weight", value=term.weight,
         fix="use corruption.count='exact', or set objective.reproduction=True to reproduce a paper knowingly",
       )  # fmt: skip
-    # Two copies that share a count r·n have the weights {1/r, 1/(1 − r)}, or none; a bound's weight belongs to one copy.
+    # Two copies that share a count r·n have the weights {1/r, 1/(1 − r)}, or none; a bound's weight belongs
+    # to one copy.
     curved = getattr(c, "count", "exact") == "exact" and getattr(c, "schedule", "linear") == "cosine"
     if getattr(c, "complement", False) and term.weight == "nelbo" and curved:
       raise ConfigError(
-        "a complementary pair takes weight 1 or the inverse marginals {1/r, 1/(1 − r)}; the bound's weight under a "
-        "cosine schedule is neither", key=f"objective.terms.{name}.weight", value=term.weight,
+        "a complementary pair takes weight 1 or the inverse marginals {1/r, 1/(1 − r)}; under a cosine "
+        "schedule the bound's weight is neither", key=f"objective.terms.{name}.weight", value=term.weight,
         fix="weight='inverse_marginal' or 'one', or a linear schedule",
       )  # fmt: skip
   if objective.reproduction:
-    return ["reproduction: the training loss is not a likelihood bound; reported likelihoods use the exact one"]
+    return [
+      "reproduction: the training loss is not a likelihood bound; reported likelihoods use the exact one"
+    ]
   return []
 
 

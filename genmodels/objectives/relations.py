@@ -29,7 +29,9 @@ def table(rule, streams: tuple[str, ...]) -> Relations:
   """
   if isinstance(rule, str):
     if rule not in NAMED:
-      raise ValueError(f"mask is {rule!r}; it must be one of {', '.join(NAMED)}, or a mapping such as {{'c>c': 'POS_LE'}}")
+      raise ValueError(
+        f"mask is {rule!r}; it must be one of {', '.join(NAMED)}, or a mapping such as {{'c>c': 'POS_LE'}}"
+      )
     own, to_clean, clean = NAMED[rule]
     pairs = {}
     for s in streams:

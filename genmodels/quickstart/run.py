@@ -153,9 +153,7 @@ def _prepare(root: pathlib.Path) -> dict:
   if not out.exists():
     progress = prepare.Progress()
     texts = prepare.read_python(progress, recipes.FILES)
-    prepare.prepare(
-      texts, str(out), tokenizer=recipes.TOKENIZER, heldout=recipes.HELD_OUT, progress=progress
-    )
+    prepare.prepare(texts, str(out), tokenizer=recipes.TOKENIZER, heldout=recipes.HELD_OUT, progress=progress)
   splits = {s: json.loads((out / s / "manifest.json").read_text()) for s in ("train", "heldout")}
   keys = ("documents", "tokens", "source_bytes", "vocab_size")
   return {s: {k: m[k] for k in keys} for s, m in splits.items()}

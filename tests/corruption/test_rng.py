@@ -26,7 +26,12 @@ def _docs(ids, occurrence=0):
   B, D = ids.shape
   zero = jnp.zeros((B, D), jnp.int32)
   return Documents(
-    jnp.stack([jnp.zeros_like(ids), ids], -1), zero + occurrence, jnp.stack([zero, zero + 1], -1), zero, zero, {}
+    jnp.stack([jnp.zeros_like(ids), ids], -1),
+    zero + occurrence,
+    jnp.stack([zero, zero + 1], -1),
+    zero,
+    zero,
+    {},
   )
 
 

@@ -91,7 +91,9 @@ def test_seeded_bug_straddling_block():
   dense = _dense(SOUND)
   dense[:L][~response] = False  # the prompt has no noisy copy
   dense[:, :L][:, ~response] = False
-  dense[prompt:BLOCK * 2, L + BLOCK : L + prompt] = True  # straddled prompt tokens, read in the clean stream
+  dense[prompt : BLOCK * 2, L + BLOCK : L + prompt] = (
+    True  # straddled prompt tokens, read in the clean stream
+  )
   carries, targets = _carries(response), _targets(response)
   direct = dense & (carries[None] == targets[:, None]) & (targets[:, None] >= 0)
   assert not direct.any()

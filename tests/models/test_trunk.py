@@ -65,7 +65,7 @@ def test_scan_equals_a_loop_over_layers():
         segment, repeat, position = layer_path(cfg, i)
         leaves = self.variables["params"][f"s{segment}"][f"l{position}"]
         spec = cfg.segments[segment].pattern[position]
-        one = jax.tree.map(lambda a: a[repeat], leaves)  # noqa: B023
+        one = jax.tree.map(lambda a: a[repeat], leaves)
         h, _ = Layer(cfg, spec, parent=None).apply({"params": one}, h, None, ctx)
       return h, None
 
@@ -101,6 +101,18 @@ def test_remat_changes_memory_not_gradients(remat):
   (want, most), (got, less) = compiled({}), compiled(remat)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
   assert less < most
+
+
+def test_the_attn_out_preset_saves_one_attention_output(capsys):
+  model, params = cases.build(remat=dict(preset="attn_out"), layers=2)
+  ids = cases.tokens(2, 24)
+  x, t = cases.inputs(ids), cases.everywhere(ids)
+  cfg = model.cfg
+  jax.ad_checkpoint.print_saved_residuals(
+    lambda p: model.apply(p, x, t).dists["t"].nll(ids[..., 0]).sum(), params
+  )
+  shape = f"[{cfg.segments[0].repeats},2,24,{cfg.num_heads},{cfg.head_dim}]"
+  assert capsys.readouterr().out.count(shape) == len(cfg.segments[0].pattern)  # layers, rows, slots, heads
 
 
 def test_layer_remat_overrides_the_preset():

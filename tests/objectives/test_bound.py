@@ -19,7 +19,12 @@ DRAWS = 20000
 def objective(block=0, weight="nelbo", **corruption) -> Objective:
   two = block not in (0, tn.L)
   return Objective(
-    corruption={"kind": "absorb", "blocks": {"size": block}, "unit": "block" if block else "doc", **corruption},
+    corruption={
+      "kind": "absorb",
+      "blocks": {"size": block},
+      "unit": "block" if block else "doc",
+      **corruption,
+    },
     layout={"kind": "streams", "streams": ("n", "c") if two else ("n",)},
     masks={"full": "bd3" if two else "full"},
     terms={"diffusion": {"stream": "n", "on": "hit", "weight": weight}},

@@ -43,7 +43,9 @@ def setup(masks="full"):
 
 def norm(tree, wanted):
   flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return float(sum(jnp.sum(x**2) for path, x in flat if ("lora_" in jax.tree_util.keystr(path)) == wanted) ** 0.5)
+  return float(
+    sum(jnp.sum(x**2) for path, x in flat if ("lora_" in jax.tree_util.keystr(path)) == wanted) ** 0.5
+  )
 
 
 def test_equal_masks_and_weights_give_no_gradient():

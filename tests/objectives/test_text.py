@@ -11,8 +11,7 @@ import pytest
 from genmodels import config, models, objectives
 from genmodels.contracts import CONTEXT, TEXT, Documents, Inputs, Target, token_row
 from genmodels.masks import AttnMask
-from genmodels.objectives import laws
-from genmodels.objectives import Nets, Objective
+from genmodels.objectives import Nets, Objective, laws
 
 V, MASK = 11, 10
 KEY = jax.random.key(0)
@@ -21,7 +20,14 @@ KEY = jax.random.key(0)
 @functools.cache
 def trunk():
   section = dict(
-    width=32, layers=2, num_heads=4, num_kv_heads=2, mlp=48, vocab=V, heads={"text": {"forbid": (MASK,)}}, init_std=0.3
+    width=32,
+    layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp=48,
+    vocab=V,
+    heads={"text": {"forbid": (MASK,)}},
+    init_std=0.3,
   )
   model = models.build(section)
   return model, jax.jit(model.init)(jax.random.key(1))
@@ -195,7 +201,9 @@ def test_causal_clean_stream_is_the_ar_model():
     likelihood="diffusion",
     mask_id=MASK,
   )
-  np.testing.assert_allclose(np.asarray(loss(obj, row, term="ar")[1]), np.asarray(loss(ar(), row)[1]), atol=1e-5)
+  np.testing.assert_allclose(
+    np.asarray(loss(obj, row, term="ar")[1]), np.asarray(loss(ar(), row)[1]), atol=1e-5
+  )
   # A block-bidirectional clean stream is another model, and the laws refuse an AR loss on it.
   with pytest.raises(config.ConfigError, match="reaches that token's clean identity"):
     laws.check(dataclasses.replace(obj, masks={"full": "bd3"}))
@@ -278,7 +286,13 @@ def test_normalisers(normaliser):
   obj = diffusion(term={"normaliser": normaliser, "weight": "one"})
   _, targets, den = obj.prepare(row, KEY, 0)
   hit = np.asarray(obj.corruption.draw(row, KEY, 0).hit[:, 0])
-  want = {"all_valid": 2 * (6 + 4), "masked": hit.sum(), "answer_len": 4, "weight_sum": hit.sum(), "batch": 4}[normaliser]
+  want = {
+    "all_valid": 2 * (6 + 4),
+    "masked": hit.sum(),
+    "answer_len": 4,
+    "weight_sum": hit.sum(),
+    "batch": 4,
+  }[normaliser]
   assert float(den["diffusion"]) == want
   w = np.asarray(targets["diffusion"].weight)
   share = np.where(np.asarray(row.doc) == 0, 1 / 6, 1 / 4) if normaliser == "answer_len" else 1.0

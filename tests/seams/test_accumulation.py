@@ -14,7 +14,11 @@ from . import systems
 # Plain SGD: the parameters move by the gradient itself, and the mean of several steps is the step of the mean.
 SGD = ("optim.name=sgd", "optim.b1=0.0", "optim.lr=0.5", "optim.clip_norm=0.0", "optim.weight_decay=0.0")
 # One level per document, drawn independently: the number of masked tokens differs from row to row.
-NOISE = ("objective.corruption.unit=doc", "objective.corruption.time=uniform", "objective.corruption.blocks.size=4")
+NOISE = (
+  "objective.corruption.unit=doc",
+  "objective.corruption.time=uniform",
+  "objective.corruption.blocks.size=4",
+)
 OVERRIDES = (*SGD, *NOISE, "optim.schedule={'kind':'constant'}")
 
 

@@ -64,7 +64,9 @@ def test_losses_and_gradients_do_not_know_the_mesh(alone, name, mesh):
 
 def moments(state) -> list[np.ndarray]:
   """The leaves of the first moment."""
-  mu = [s.mu for s in jax.tree.leaves(state.opt["model"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")]
+  mu = [
+    s.mu for s in jax.tree.leaves(state.opt["model"], is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu")
+  ]
   assert len(mu) == 1
   return [np.asarray(x) for x in jax.tree.leaves(mu[0])]
 

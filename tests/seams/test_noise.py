@@ -58,7 +58,9 @@ def by_document(batch, drawn) -> dict:
   """{(example id, occurrence): (hit, level) of its tokens}; a document of a batch is there once."""
   hit, level = (np.asarray(x)[:, 0] for x in drawn)
   out = {}
-  for b, d in np.argwhere((batch["doc"][:, None] == np.arange(batch["occurrence"].shape[1])[:, None]).any(-1)):
+  for b, d in np.argwhere(
+    (batch["doc"][:, None] == np.arange(batch["occurrence"].shape[1])[:, None]).any(-1)
+  ):
     key = (*batch["example_id"][b, d].tolist(), int(batch["occurrence"][b, d]))
     assert key not in out
     out[key] = tuple(x[b, batch["doc"][b] == d] for x in (hit, level))
@@ -149,7 +151,9 @@ def test_stratified_times_follow_the_rank(source):
   assert sorted(bins.values()) == list(range(count))
   assert all(bins[k] == rank[k][0] and rank[k][1] == count for k in drawn)
   # The rank and nothing else moves it: ranks in reverse, bins in reverse.
-  turned = dict(batch, rank=np.where(batch["rank"][..., 1:] > 0, [[[count - 1, count]]] - batch["rank"] * [1, 0], 0))
+  turned = dict(
+    batch, rank=np.where(batch["rank"][..., 1:] > 0, [[[count - 1, count]]] - batch["rank"] * [1, 0], 0)
+  )
   moved = by_document(batch, draw("stratified by document")(placed(turned), STEP))
   assert all(int(moved[k][1][0] * count) == count - 1 - bins[k] for k in bins)
   # The negative control: independent levels leave bins empty.

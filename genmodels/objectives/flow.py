@@ -77,6 +77,8 @@ class TextImageFlow(Objective):
 
   def noised(self, target: Target, row: Row, key: Array, step, latent) -> Target:
     """The target with its clean patches as value and R draws (z, t) of each as `given`."""
+    if latent.encode_side(row.docs.side) is None:
+      raise ValueError(f"side table {latent.table!r} is missing; the row has {sorted(row.docs.side)}")
     x = self.patches(row, latent)  # [B, N, F]
     F, R = x.shape[-1], self.draws
     u = rng.token_normal(row, key, step, 0, rng.LEVEL, R)
@@ -86,14 +88,14 @@ class TextImageFlow(Objective):
     return target.replace(value=x, given={"z": z, "t": t})
 
   def patches(self, row: Row, latent) -> Array:
-    """float32[B, N, F], the patch of each IMAGE token, 0 elsewhere.
+    """float32[B, N, F], the patch of each IMAGE token, 0 elsewhere and where a row has no images yet.
 
     Raises:
-      ValueError: no latent, or no side table with the images.
+      ValueError: no latent.
     """
     table = needs(latent, "TextImageFlow").encode_side(row.docs.side)
-    if table is None:
-      raise ValueError(f"side table {latent.table!r} is missing; the row has {sorted(row.docs.side)}")
+    if table is None:  # words are being sampled
+      return jnp.zeros((*row.tokens.shape, latent.features), jnp.float32)
     flag = (row.modality == IMAGE) & (row.doc >= 0)
     return jnp.where(flag[..., None], to_tokens(table, row.doc, ordinal(flag, row.doc)), 0.0)
 

@@ -230,7 +230,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         ):
           state, m = compiled(state, row, key)
           if wait:
-            jax.block_until_ready(m)
+            jax.block_until_ready((state, m))
         if pending is not None:
           record(*pending)
         pending = (at, m, _examples(local))

@@ -54,10 +54,12 @@ class Bench:
     """Losses of the first `count` steps, and [state after the first, state after the last]."""
     losses, kept = [], []
     with rules.use_mesh(self.mesh):
-      state = self.fresh()
+      # Every step waits for all that went before: programs with collectives in flight together may deadlock
+      # devices that share few cores.
+      state = jax.block_until_ready(self.fresh())
       for at in range(count):
-        # Blocked: several collectives in flight deadlock on few cores.
-        state, m = jax.block_until_ready(self.step(state, self.row(at), self.key))
+        row = jax.block_until_ready(self.row(at))
+        state, m = jax.block_until_ready(self.step(state, row, self.key))
         losses.append(float(m["loss"]))
         if at in (0, count - 1):
           kept.append(jax.device_get(state))

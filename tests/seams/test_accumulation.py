@@ -40,7 +40,7 @@ def apart(a, b, start):
   return max(jax.tree.leaves(jax.tree.map(lambda x, y, m: np.abs(x - y).max() / (m + 1e-7), a, b, moved)))
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_parameters_do_not_know_the_micro_batches(whole, count):
   one, start, want, m1 = whole
   bench = systems.bench(one.parts, steps.StepConfig(accumulate=count))

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of the client: two programs in flight on eight devices must not starve each other's collectives.
+os.environ.setdefault("PJRT_NPROC", "24")
 _FLAGS = {
   "xla_force_host_platform_device_count": 8,
   # Eight device threads on two busy cores may wait for each other longer than XLA's 40 s before it aborts.

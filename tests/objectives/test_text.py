@@ -33,6 +33,12 @@ def trunk():
   return model, jax.jit(model.init)(jax.random.key(1))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _parameters():
+  """Made before any test traces: inside a trace the cache would keep tracers."""
+  trunk()
+
+
 def nets(params=None) -> Nets:
   model, p = trunk()
   return Nets({"model": lambda inputs, targets, **kw: model.apply(params or p, inputs, targets, **kw)})

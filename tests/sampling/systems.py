@@ -61,7 +61,8 @@ def model(layers=2):
 
 @functools.cache
 def params(layers=2):
-  return jax.jit(model(layers).init)(jax.random.key(3))
+  with jax.ensure_compile_time_eval():  # the first caller may be tracing
+    return jax.jit(model(layers).init)(jax.random.key(3))
 
 
 def sampler(objective, **section):

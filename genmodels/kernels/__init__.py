@@ -1,7 +1,21 @@
 """Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
 
-from genmodels.kernels.attention import attention, merge, resolve
+from genmodels.kernels.attention import attention, merge, plan, resolve
 from genmodels.kernels.cross_entropy import chunked_map, nll, project
-from genmodels.kernels.tiles import Plan, Tiles, plan
+from genmodels.kernels.target import Target, building_for, current
+from genmodels.kernels.tiles import Plan, Tiles
 
-__all__ = ["Plan", "Tiles", "attention", "chunked_map", "merge", "nll", "plan", "project", "resolve"]
+__all__ = [
+  "Plan",
+  "Target",
+  "Tiles",
+  "attention",
+  "building_for",
+  "chunked_map",
+  "current",
+  "merge",
+  "nll",
+  "plan",
+  "project",
+  "resolve",
+]

@@ -6,11 +6,12 @@ sizes · T intervals of a query.
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 
-from genmodels.kernels import xla
-from genmodels.kernels.tiles import Plan, Tiles, plan
+from genmodels.kernels import target
 from genmodels.masks import AttnMask
 
 Array = jax.Array
@@ -19,32 +20,76 @@ IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
 def resolve(implementation: str = "auto") -> str:
-  """The implementation that will run; print it. Nothing falls back silently.
+  """The implementation that runs on `target.current()`. Nothing falls back silently: "auto" takes the kernel
+  of the platform if it can run there, else "xla"; print what it gave.
 
   Raises:
-    ValueError: an unknown name, or an implementation that this build does not have.
+    ValueError: an unknown name, or a pinned implementation that cannot run here (the reason, the fix).
   """
   if implementation not in IMPLEMENTATIONS:
     known = ", ".join(IMPLEMENTATIONS)
     raise ValueError(f"attention: unknown implementation {implementation!r}; one of {known}")
-  if implementation.startswith("pallas"):
+  if implementation == "auto":
+    own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(target.current().platform)
+    return own if own and _unavailable(own) is None else "xla"
+  if reason := _unavailable(implementation):
     raise ValueError(
-      f"attention: implementation {implementation!r} is not available in this build; use 'auto' or 'xla'"
+      f"attention: implementation {implementation!r} cannot run here: {reason}; use 'auto' or 'xla'"
     )
-  return "xla" if implementation == "auto" else implementation
+  return implementation
+
+
+def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
+  """A mask with the tile lists of an implementation. Build it once per batch; every layer shares it.
+
+  Pure and jit-able; a new mask of the same shape does not recompile. The leading axis of every array is the
+  rows of the mask, groups of them, or the one list of this call: a plan built inside shard_map leaves it
+  with P(mesh axes) for all leaves.
+
+  Args:
+    mask: AttnMask.
+    tiles: tile sizes, (q, k) or the `Tiles` of the implementation; its defaults by default.
+    implementation: see `resolve`.
+
+  Returns:
+    A plan of that implementation, with `mask`, `tiles`, `lengths` (Lq, Lk) and `implementation`.
+
+  Raises:
+    ValueError: as `resolve`; shapes of the mask that do not fit each other.
+  """
+  return _backend(resolve(implementation)).plan(mask, tiles)
+
+
+def _backend(name: str):
+  """Module of an implementation: `plan(mask, tiles)` and `attend(q, k, v, plan, scale, soft_cap, deterministic)`;
+  a Pallas one has `unavailable(target) -> str | None` too.
+
+  Imported when asked for: one platform's Pallas dialect need not import on another's jax.
+  """
+  return importlib.import_module(f"genmodels.kernels.{'xla' if name == 'reference' else name}")
+
+
+def _unavailable(name: str) -> str | None:
+  """Why an implementation cannot run on the current target; None if it can."""
+  if not name.startswith("pallas"):
+    return None
+  try:
+    return _backend(name).unavailable(target.current())
+  except ModuleNotFoundError as e:
+    return f"this build lacks it ({e})"
 
 
 def attention(
   q: Array,
   k: Array,
   v: Array,
-  mask: AttnMask | Plan,
+  mask,
   *,
   scale: float | None = None,
   soft_cap: float | None = None,
   return_lse: bool = False,
   implementation: str = "auto",
-  tiles: Tiles | None = None,
+  tiles=None,
   deterministic: bool = False,
 ):
   """softmax(cap(scale · q kᵀ)) v over the keys that the mask shows to each query.
@@ -56,12 +101,12 @@ def attention(
   Args:
     q: [B, Lq, H, D].
     k: [B, Lk, Hk, D], v: [B, Lk, Hk, Dv], Hk a divisor of H.
-    mask: AttnMask with 1 or B rows, or a Plan of one, built once per batch.
+    mask: AttnMask with 1 or B rows, or its `plan`, built once per batch.
     scale: of the logits; D^−0.5 by default.
     soft_cap: c · tanh(logits / c) if given.
     return_lse: also return the log-sum-exp of the logits, natural log.
     implementation: see `resolve`.
-    tiles: tile sizes; not with a Plan, which has its own.
+    tiles: tile sizes; not with a plan, which has its own.
     deterministic: ask for bit-equal repeats where an implementation has a faster way without. The
       implementations of this build are always deterministic.
 
@@ -71,17 +116,23 @@ def attention(
   Raises:
     ValueError: shapes that do not fit.
   """
-  del deterministic
-  implementation = resolve(implementation)
-  if isinstance(mask, Plan) and tiles is not None and Tiles(*tiles) != mask.tiles:
+  is_plan = not isinstance(mask, AttnMask)
+  if is_plan and tiles is not None and tuple(tiles) != tuple(mask.tiles):
     raise ValueError(f"attention: the plan was built for {mask.tiles}, got tiles={tiles}; drop `tiles`")
-  _check(q, k, v, mask)
+  implementation = resolve(implementation)
+  if is_plan and implementation not in ("reference", mask.implementation):
+    raise ValueError(
+      f"attention: a plan of {mask.implementation!r} cannot run on {implementation!r}; build it with "
+      f"kernels.plan(mask, implementation={implementation!r})"
+    )
   scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   soft_cap = None if soft_cap is None else float(soft_cap)
+  _check(q, k, v, mask)
   if implementation == "reference":
-    out, lse = reference(q, k, v, mask.mask if isinstance(mask, Plan) else mask, scale, soft_cap)
+    out, lse = reference(q, k, v, mask.mask if is_plan else mask, scale, soft_cap)
   else:
-    out, lse = xla.attend(q, k, v, mask if isinstance(mask, Plan) else plan(mask, tiles), scale, soft_cap)
+    made = mask if is_plan else plan(mask, tiles, implementation)
+    out, lse = _backend(implementation).attend(q, k, v, made, scale, soft_cap, deterministic)
   return (out, lse) if return_lse else out
 
 
@@ -127,8 +178,10 @@ def merge(outs, lses):
 
 
 def _check(q, k, v, mask):
-  lengths = mask.lengths if isinstance(mask, Plan) else (mask.lo.shape[2], mask.code.shape[1])
-  shapes = f"q {q.shape}, k {k.shape}, v {v.shape}, mask rows {mask.code.shape[0]}, mask lengths {lengths}"
+  is_mask = isinstance(mask, AttnMask)
+  lengths = (mask.lo.shape[2], mask.code.shape[1]) if is_mask else mask.lengths
+  rows = mask.code.shape[0]
+  shapes = f"q {q.shape}, k {k.shape}, v {v.shape}, mask rows {rows}, mask lengths {lengths}"
   if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
     raise ValueError(f"attention: q, k, v must be [B, L, H, D], got {shapes}")
   if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:

@@ -66,7 +66,7 @@ def is_full(entry: Array) -> Array:
   return (entry >> (_COLUMN_BITS + 2)) == 1
 
 
-@pytree("tiles", "lengths")
+@pytree("tiles", "lengths", "implementation")
 class Plan:
   """A mask, padded to tiles, with its tile lists. Build it once per batch; every layer shares it.
 
@@ -76,7 +76,7 @@ class Plan:
   Fields:
     code: int32[B, J·k], lo, hi: int32[B, T, I·q], padded with hidden keys and empty queries.
     by_query: TileList with lines I, columns J; by_key: lines J, columns I.
-    tiles: Tiles; lengths: (Lq, Lk) before padding. Static.
+    tiles: Tiles; lengths: (Lq, Lk) before padding; implementation: whose lists these are. Static.
   """
 
   code: Array
@@ -86,6 +86,7 @@ class Plan:
   by_key: TileList
   tiles: Tiles
   lengths: tuple[int, int]
+  implementation: str = "xla"
 
   @property
   def mask(self) -> AttnMask:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from genmodels.kernels import tiles as tile_lists
-from genmodels.kernels.tiles import Plan, TileList
+from genmodels.kernels.tiles import Plan, TileList, plan
 from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
@@ -34,8 +34,14 @@ class _Options(NamedTuple):
   soft_cap: float | None
 
 
-def attend(q: Array, k: Array, v: Array, plan: Plan, scale: float, soft_cap: float | None):
+__all__ = ["attend", "plan"]
+
+
+def attend(
+  q: Array, k: Array, v: Array, plan: Plan, scale: float, soft_cap: float | None, deterministic: bool = False
+):
   """out [B, Lq, H, Dv], lse float32[B, H, Lq]; arguments as in `kernels.attention`."""
+  del deterministic  # it always is
   operands = (q, k, v, plan)
   return _attend(_Options(scale, soft_cap), *vary(operands, axes_of(operands)))
 

@@ -65,17 +65,17 @@ def lookup(table, ids, split_rows: bool = False):
   return jax.shard_map(local, mesh=mesh, in_specs=(P(rows), P(b, c)), out_specs=P(b, c))(table, ids)
 
 
-def plans(masks: dict[str, AttnMask], rows: int, tiles=None) -> dict[str, kernels.Plan]:
+def plans(masks: dict[str, AttnMask], rows: int, implementation: str = "auto") -> dict:
   """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own."""
+  build = lambda m: kernels.plan(m, implementation=implementation)
   mesh = active_mesh()
   if mesh is None:
-    return {name: kernels.plan(mask, tiles) for name, mask in masks.items()}
+    return {name: build(mask) for name, mask in masks.items()}
   out = {}
   for name, mask in masks.items():
     b, c = split(mesh, BATCH_AXES, rows), split(mesh, ("context",), mask.lo.shape[2])
     r = b if mask.code.shape[0] > 1 else None
     spec = AttnMask(P(r), P(r, None, c), P(r, None, c))
-    build = lambda m: kernels.plan(m, tiles)
     out[name] = jax.shard_map(build, mesh=mesh, in_specs=(spec,), out_specs=P(b + c))(mask)
   return out
 

@@ -259,11 +259,11 @@ class Trunk(nn.Module):
     if self.is_initializing():
       return ctx, None
     masks = {p: inputs.masks[p] for p in cfg.patterns}
-    ctx["plans"] = attend.plans(masks, B)
+    ctx["plans"] = attend.plans(masks, B, cfg.attention)
     pairs = {p: jnp.broadcast_to(m.pairs(), inputs.doc.shape) for p, m in masks.items()}
     if cache is not None:
       wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
       past = {p: AttnMask(cache.code[p], wide(m.lo), wide(m.hi)) for p, m in masks.items()}
-      ctx["cache_plans"] = attend.plans(past, B)
+      ctx["cache_plans"] = attend.plans(past, B, cfg.attention)
       pairs = {p: n + past[p].pairs() for p, n in pairs.items()}
     return ctx, {"slots": (inputs.doc >= 0).sum(dtype=jnp.int32), "pairs": pairs}

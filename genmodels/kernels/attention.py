@@ -61,8 +61,8 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
 
 
 def _backend(name: str):
-  """Module of an implementation: `plan(mask, tiles)` and `attend(q, k, v, plan, scale, soft_cap, deterministic)`;
-  a Pallas one has `unavailable(target) -> str | None` too.
+  """Module of an implementation: plan(mask, tiles), attend(q, k, v, plan, scale, soft_cap, deterministic); a
+  Pallas one has unavailable(target) -> str | None too.
 
   Imported when asked for: one platform's Pallas dialect need not import on another's jax.
   """

@@ -253,6 +253,7 @@ def views(cfg: TrunkConfig, e: Entry, leaf: np.ndarray, tensor: np.ndarray) -> t
   Args:
     leaf: the whole leaf [R, …] or […], C-contiguous; tensor: the whole tensor.
   """
+  assert leaf.flags.c_contiguous  # else the reshapes below are copies
   if e.row is not None:
     leaf = leaf[e.row]
   i, n = e.part
@@ -267,7 +268,7 @@ def views(cfg: TrunkConfig, e: Entry, leaf: np.ndarray, tensor: np.ndarray) -> t
     leaf = leaf.reshape(-1)
   elif e.pad:
     leaf = leaf[: cfg.vocab]
-  assert leaf.shape == tensor.shape and leaf.base is not None
+  assert leaf.shape == tensor.shape
   return leaf, tensor
 
 

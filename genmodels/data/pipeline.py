@@ -395,7 +395,67 @@ class Digits(_Planned):
     return make("train", batch_size, _plan_file(workdir), heldout)
 
 
-REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits}
+@dataclasses.dataclass(frozen=True)
+class Tokenizer(_Planned):
+  """A tokenizer and no documents: what an imported checkpoint brings. Texts can be evaluated and prompts be
+  continued; there is nothing to train on.
+
+  Fields:
+    path: folder of the tokenizer.json; "" is the workdir. vocab: rows of the model's table; specials whose
+      ids lie beyond it do not exist for the model. specials: names of its specials.
+    mask: id of the mask token where it has no name of its own, −1: by name.
+  """
+
+  path: str = ""
+  vocab: int = 0
+  specials: dict = dataclasses.field(default_factory=dict)
+  mask: int = -1
+
+  def facts(self, workdir: str) -> Meta:
+    return self._open(workdir)[0]
+
+  def build(self, cost, batch_size, seed, workdir) -> Data:
+    return _Texts(*self._open(workdir))
+
+  def _open(self, workdir):
+    path = os.path.join(self.path or workdir, tokenizers.FILE)
+    if not os.path.isfile(path):  # ids can still be fed and sampled
+      return _facts(self, None, self.vocab), None
+    tokenizer = tokenizers.load(path, self.specials or None)
+    facts = _facts(self, tokenizer)
+    vocab = self.vocab or facts.vocab_size
+    special = {k: i if i < vocab else -1 for k, i in facts.specials.items()}
+    special["mask"] = self.mask if self.mask >= 0 else special["mask"]
+    # BOS stands in front of a text where the published tokenizer puts it there.
+    opening = tokenizer.encode_published("")[:1]
+    special["bos"] = int(opening[0]) if len(opening) and opening[0] != special["eos"] else -1
+    return dataclasses.replace(facts, vocab_size=vocab, values=min(facts.values, vocab), specials=special), tokenizer
+
+
+class _Texts(Data):
+  """Data without documents."""
+
+  def __init__(self, facts: Meta, tokenizer):
+    table = np.zeros(facts.vocab_size, np.int64)
+    if tokenizer is not None:
+      known = tokenizer.token_bytes()[: facts.vocab_size]
+      table[: len(known)] = known
+    self.meta, self.tokenizer, self.readers = facts, tokenizer, []
+    self._token_bytes, self._document_bytes = table, 0
+
+  @property
+  def plan(self):
+    raise records.DataError(
+      "these data are a tokenizer without documents (an imported checkpoint). To train or to evaluate a held-out "
+      "set, prepare documents (genmodels prepare … --tokenizer THIS_FOLDER) and set data.path; to evaluate a text, "
+      "give --text FILE"
+    )
+
+  def heldout(self, batch_size: int = 0) -> Data:
+    return self
+
+
+REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits, "tokenizer": Tokenizer}
 
 
 def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
@@ -413,7 +473,7 @@ def build(
   """The data of a config section.
 
   Args:
-    section: `dict(kind="text" | "python" | "digits", …)`, or a built component of REGISTRY.
+    section: `dict(kind="text" | "python" | "digits" | "tokenizer", …)`, or a built component of REGISTRY.
     cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
       {budget: int[P]}.
     batch_size: rows of the global batch. seed: the run's.

@@ -99,6 +99,15 @@ class FileTokenizer:
     """Ids int32[n] of a text, without specials."""
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+  def encode_published(self, text: str) -> np.ndarray:
+    """Ids int32[n] as the file's publisher makes them: with the specials that its post-processor adds (BOS),
+    and with special tokens that the text spells out taken as such."""
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return np.asarray(self._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.asarray(e.ids, np.int32) for e in encoded]

@@ -109,6 +109,13 @@ def read_config(source: pathlib.Path) -> dict:
   return hf
 
 
+def tuples(x):
+  """JSON has no tuples, config sections have no lists."""
+  if isinstance(x, Mapping):
+    return {k: tuples(v) for k, v in x.items()}
+  return tuple(map(tuples, x)) if isinstance(x, list) else x
+
+
 def _duplicates(cfg: TrunkConfig, kind: str, found: Mapping[str, Tensor]) -> list[str]:
   """Tensors that repeat the tied table; they must equal it, bit for bit."""
   name = hf_names.tied_name(kind)

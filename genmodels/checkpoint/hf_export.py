@@ -183,10 +183,17 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   )  # fmt: skip
 
 
-def carry(imported: str, workdir: pathlib.Path) -> None:
-  """Copies what an export needs of an import into a workdir that starts from it: configs and tokenizer."""
-  source = folder.Folder.open(imported)
+def carry(origin: str, workdir: pathlib.Path) -> None:
+  """Copies what an export needs into a workdir that starts from `origin`: configs and tokenizer of an import, or
+  those that another workdir carries. Does nothing for other workdirs, or where it is done."""
   target = workdir / CARRY
+  before = pathlib.Path(origin).expanduser() / CARRY
+  if target.exists() or not (folder.is_imported(origin) or before.is_dir()):
+    return
+  if before.is_dir():
+    shutil.copytree(before, target)
+    return
+  source = folder.Folder.open(origin)
   target.mkdir(parents=True, exist_ok=True)
   for name in (*folder.CARRIED, folder.HF_CONFIG):
     if (source.directory / name).is_file():

@@ -230,6 +230,9 @@ class Text(_Planned):
   def _entries(self):
     return [{"path": self.path}] if self.path else [dict(s) for s in self.sources]
 
+  def find_tokenizer(self, workdir: str):
+    return self._tokenizer(sources.directory_pair(self._entries()[0]["path"])[0])
+
   def facts(self, workdir: str) -> Meta:
     path, _ = sources.directory_pair(self._entries()[0]["path"])
     return _facts(self, self._tokenizer(path), records.read_manifest(path)["vocab_size"])
@@ -294,7 +297,7 @@ class Python(_Planned):
 
   Fields:
     path: where the prepared data lie; "" is a directory in the workdir.
-    tokenizer: "byte" or "bpe:N". heldout: share of files held out. documents: files to take, 0 all.
+    tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out. documents: files to take, 0 all.
   """
 
   seq_len: int = 256
@@ -307,8 +310,12 @@ class Python(_Planned):
     super().__post_init__()
     if not 0 < self.heldout < 1:
       raise ValueError("heldout must lie between 0 and 1")
-    if not re.fullmatch(r"byte|bpe:\d+", self.tokenizer):
-      raise ValueError("tokenizer must be 'byte' or 'bpe:N'")
+    known = re.fullmatch(r"byte|bpe:\d+", self.tokenizer)
+    if not known and not os.path.isfile(os.path.join(self.tokenizer, tokenizers.FILE)):
+      raise ValueError("tokenizer must be 'byte', 'bpe:N', or a folder with a tokenizer.json")
+
+  def find_tokenizer(self, workdir: str):
+    return tokenizers.ByteTokenizer() if self.tokenizer == "byte" else self._prepared(workdir).find_tokenizer("")
 
   def facts(self, workdir: str) -> Meta:
     if self.tokenizer == "byte":
@@ -325,7 +332,10 @@ class Python(_Planned):
         key="path",
         fix="give a workdir, or a path to keep them in",
       )
-    name = f"python-{self.tokenizer.replace(':', '')}-{self.heldout:g}-{self.documents or 'all'}"
+    tokenizer = self.tokenizer.replace(":", "")
+    if os.path.isdir(self.tokenizer):
+      tokenizer = f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
+    name = f"python-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -464,6 +474,12 @@ def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
   Raises: ConfigError, or DataError if prepared data are missing.
   """
   return _built(section, where, lambda c: c.facts(workdir or ""))
+
+
+def tokenizer(section, *, workdir: str = "", where: str = "data"):
+  """The tokenizer of a section without opening the shards; None where ids stand for no text."""
+  find = lambda c: c.find_tokenizer(workdir or "") if hasattr(c, "find_tokenizer") else None
+  return _built(section, where, find)
 
 
 def build(

@@ -46,6 +46,10 @@ class ByteTokenizer:
     ids = np.asarray(ids).ravel()
     return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+  def vocabulary(self) -> dict[str, int]:
+    """{token: id} without the four specials."""
+    return {chr(i): i for i in range(256)}
+
   def token_bytes(self) -> np.ndarray:
     """int32[vocab_size]: bytes of source text that each id stands for (0 for specials)."""
     return (np.arange(self.vocab_size) < 256).astype(np.int32)
@@ -117,6 +121,11 @@ class FileTokenizer:
     skip = set(self.specials.values())
     ids = [int(i) for i in np.asarray(ids).ravel() if 0 <= i < self.vocab_size and int(i) not in skip]
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def vocabulary(self) -> dict[str, int]:
+    """{token: id} without the four specials."""
+    known = self._tokenizer.get_vocab(with_added_tokens=True)
+    return {t: i for t, i in known.items() if i not in self.specials.values()}
 
   def token_bytes(self) -> np.ndarray:
     """int32[vocab_size]: bytes of source text that each id stands for (0 for specials)."""

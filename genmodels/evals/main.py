@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--block", type=int, default=0, help="block size (default: the trained one)")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument("overrides", nargs="*", help="key.path=value on the stored config")
-  args = parser.parse_args(argv)
+  args = parser.parse_intermixed_args(argv)  # the folder first, overrides behind the flags
   if args.workdir is None:
     if not args.overrides or "=" in args.overrides[0]:
       parser.error("name the folder of a training run, or an import")

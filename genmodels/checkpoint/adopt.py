@@ -1,7 +1,7 @@
 """`genmodels train --from DST`: a system's config on the model of an imported checkpoint.
 
-The config keeps what its paper decides (objective, optimizer, data, precision, remat); what a checkpoint decides
-(the architecture, the vocabulary, the window of local layers) comes from the import, and `init` points at it.
+The config keeps what its paper decides (objective, optimizer, data, precision, remat); what a checkpoint
+decides (architecture, vocabulary, window of local layers) comes from the import, and `init` points at it.
 """
 
 from __future__ import annotations

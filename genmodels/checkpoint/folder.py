@@ -1,7 +1,7 @@
 """An imported folder: one safetensors file per leaf, read by the slices that the devices own.
 
   DST/
-    import.json          what was imported, leaf by leaf with digests; written last, so without it nothing counts
+    import.json          what was imported, leaf by leaf with digests; without it nothing counts
     config.json          ours: model, objective, data; `train`, `eval` and `sample` read it
     hf_config.json       the checkpoint's own config.json
     leaves/*.safetensors one leaf each, the layers of a stack stacked; '/' of its path is '.' in the file name
@@ -31,12 +31,13 @@ HF_CONFIG = "hf_config.json"
 LEAVES = "leaves"
 FORMAT = 1
 PREFIX = "trees/model/"
-# Of a source folder, taken along: everything that makes text of ids and says how the model wants to be used.
+# Of a source folder, taken along: what makes text of ids and says how the model wants to be used.
 CARRIED = (
-  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-  "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "generation_config.json", "chat_template.jinja",
+  "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+  "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "generation_config.json", "chat_template.jinja",
   "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 
 
 def is_imported(path: str | os.PathLike) -> bool:
@@ -72,7 +73,9 @@ class Folder:
     except (json.JSONDecodeError, UnicodeDecodeError, verify.SealError) as e:
       raise RestoreError(f"{root / MANIFEST} is damaged: {e}; import again") from None
     if manifest.get("format") != FORMAT:
-      raise RestoreError(f"{root}: format {manifest.get('format')}, this version reads {FORMAT}; import again")
+      raise RestoreError(
+        f"{root}: format {manifest.get('format')}, this version reads {FORMAT}; import again"
+      )
     return cls(root, manifest)
 
   def hf_config(self) -> dict:
@@ -138,8 +141,8 @@ class Folder:
     wrong = [name for name, got in sums.items() if tuple(recorded[name]["digest"]) != got]
     if wrong:
       raise RestoreError(
-        f"{self.directory}: {tensors.some(n.removeprefix(PREFIX) for n in wrong)}: the bits read do not have the "
-        "digest taken at the import; the files were changed or damaged: import again"
+        f"{self.directory}: {tensors.some(n.removeprefix(PREFIX) for n in wrong)}: the bits read do not have "
+        "the digest taken at the import; the files were changed or damaged: import again"
       )
     return values, 0, {}
 

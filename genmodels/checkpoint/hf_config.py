@@ -1,4 +1,4 @@
-"""config.json of Hugging Face folders ↔ our model section, and what a published diffusion model was trained as.
+"""config.json of Hugging Face folders ↔ our model section, and how a published diffusion model predicts.
 
 Pure functions over plain dicts. What a configuration asks for and this trunk does not compute is refused, by
 key: nothing is read over.
@@ -82,7 +82,9 @@ DIFFUSION = {
   "diffullama": Diffusion("full", "shift", 811),
   "diffugpt": Diffusion("full", "shift", 10541),
   "sdar": Diffusion("bd3", "same", 151669, block_keys=("block_size", "block_length"), block=4),
-  "fast_dllm_v2": Diffusion("bd3", "shift_clean_boundary", 151665, block_keys=("bd_size", "block_size"), block=32),
+  "fast_dllm_v2": Diffusion(
+    "bd3", "shift_clean_boundary", 151665, block_keys=("bd_size", "block_size"), block=32
+  ),
 }
 
 
@@ -344,7 +346,9 @@ def window(hf: Mapping[str, Any], section: Mapping[str, Any]) -> int:
     return 0
   size = hf.get("sliding_window")
   if not size:
-    raise ConfigError("sliding-window layers need a window", key="sliding_window", value=size, fix="its length")
+    raise ConfigError(
+      "sliding-window layers need a window", key="sliding_window", value=size, fix="its length"
+    )
   return int(size)
 
 
@@ -456,7 +460,9 @@ def write(cfg: TrunkConfig, kind: str, like: Mapping[str, Any], size: int = 0) -
     if kind in REMOTE:
       config, model = REMOTE[kind]
       out["auto_map"] = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": model}
-    out |= _gpt2_fields(cfg) if family == "gpt2" else _llada_fields(cfg) if kind == "llada" else _fields(cfg, kind)
+    out |= (
+      _gpt2_fields(cfg) if family == "gpt2" else _llada_fields(cfg) if kind == "llada" else _fields(cfg, kind)
+    )
     if size:
       out["sliding_window"] = size
   wrong = differences(trunk_config.from_section(section(out)), cfg)

@@ -4,9 +4,9 @@
   genmodels export runs/sdar out/sdar --layout sdar --dtype bfloat16
   genmodels export runs/ar out/llama --layout llama --like ~/checkpoints/Llama-3.2-1B
 
-Writes config.json, safetensors (in shards with an index where they are large), the tokenizer as it was imported,
-and, for diffusion models, how they decode. An untouched import gives every tensor back bit for bit. The folder is
-built beside DST and renamed at the end.
+Writes config.json, safetensors (in shards with an index where they are large), the tokenizer as it was
+imported and, for diffusion models, how they decode. An untouched import gives every tensor back bit for bit.
+The folder is built beside DST and renamed at the end.
 """
 
 from __future__ import annotations
@@ -96,12 +96,14 @@ def export_folder(
       value="", fix=f"one of {', '.join(hf_names.LAYOUTS)}",
     )  # fmt: skip
   if kind not in hf_names.LAYOUTS:
-    raise ConfigError("unknown layout", key="--layout", value=kind, fix=config.did_you_mean(kind, list(hf_names.LAYOUTS)))
+    raise ConfigError(
+      "unknown layout", key="--layout", value=kind, fix=config.did_you_mean(kind, list(hf_names.LAYOUTS))
+    )
   window = _window(source, template)
   hf = hf_config.write(source.cfg, kind, template, window)
   entries = hf_names.cover(source.cfg, kind, source.names)
   specs = _specs(source, kind, entries, dtype)
-  metadata = serving(source.config, source.resolved, kind)
+  metadata = serving(source.config, source.resolved)
   hf |= metadata
   _set_dtype(hf, specs)
   files = _shards(specs, shard_bytes)
@@ -113,8 +115,8 @@ def export_folder(
       for name in folder.CARRIED:
         if (carried / name).is_file():
           shutil.copyfile(carried / name, work / name)
-      if (carried / "additional_chat_templates").is_dir():
-        shutil.copytree(carried / "additional_chat_templates", work / "additional_chat_templates")
+      if (carried / folder.TEMPLATES).is_dir():
+        shutil.copytree(carried / folder.TEMPLATES, work / folder.TEMPLATES)
     config.write_json(work / "config.json", hf)
     for path in work.rglob("*"):
       tensors.sync(path)
@@ -149,7 +151,9 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   step = checkpoint.latest() if step is None or step < 0 else step
   ema = bool(ours.get("train", {}).get("ema"))
   tree = tree or ("ema" if ema else "model")
-  if ours.get("optim", {}).get("name") == "schedule_free" and tree == "model" and not folder.is_imported(root):
+  if (
+    ours.get("optim", {}).get("name") == "schedule_free" and tree == "model" and not folder.is_imported(root)
+  ):
     raise ConfigError(
       "schedule-free evaluates an average that lies in the optimizer's state, which is not exported",
       key="optim.name", value="schedule_free", fix="train.ema, and --tree ema",
@@ -157,12 +161,14 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   prefix = f"trees/{tree}/"
   recorded = {n.removeprefix(prefix): d for n, d in checkpoint.recorded(step).items() if n.startswith(prefix)}
   if not recorded:
-    raise ConfigError(f"step {step} of {root} has no such tree", key="--tree", value=tree, fix="model, or ema")
+    raise ConfigError(
+      f"step {step} of {root} has no such tree", key="--tree", value=tree, fix="model, or ema"
+    )
   adapters = [n for n in recorded if n.rsplit("/", 1)[-1].startswith("lora_")]
   if adapters:
     raise ConfigError(
       f"the run has {len(adapters)} adapter leaves ({adapters[0]}, …), which no layout has a tensor for",
-      key="model.lora", value=ours["model"].get("lora"), fix="merge them (models.lora.merge) before the export",
+      key="model.lora", value=ours["model"].get("lora"), fix="merge them first (models.lora.merge)",
     )  # fmt: skip
   resolved = _json(root / "resolved.json")
   section = dict(resolved.get("model") or ours["model"])
@@ -184,8 +190,8 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
 
 
 def carry(origin: str, workdir: pathlib.Path) -> None:
-  """Copies what an export needs into a workdir that starts from `origin`: configs and tokenizer of an import, or
-  those that another workdir carries. Does nothing for other workdirs, or where it is done."""
+  """Copies what an export needs into a workdir that starts from `origin`: configs and tokenizer of an import,
+  or those that another workdir carries. Does nothing for other workdirs, or where it is done."""
   target = workdir / CARRY
   before = pathlib.Path(origin).expanduser() / CARRY
   if target.exists() or not (folder.is_imported(origin) or before.is_dir()):
@@ -198,6 +204,8 @@ def carry(origin: str, workdir: pathlib.Path) -> None:
   for name in (*folder.CARRIED, folder.HF_CONFIG):
     if (source.directory / name).is_file():
       shutil.copyfile(source.directory / name, target / name)
+  if (source.directory / folder.TEMPLATES).is_dir():
+    shutil.copytree(source.directory / folder.TEMPLATES, target / folder.TEMPLATES)
   facts = {k: source.manifest[k] for k in ("layout", "hf_dtypes", "duplicates", "source")}
   config.write_json(target / "facts.json", facts)
 
@@ -226,7 +234,7 @@ def _window(source: Source, template: Mapping) -> int:
 # --------------------------------------------------------------------------------------- metadata
 
 
-def serving(ours: Mapping, resolved: Mapping, kind: str) -> dict[str, Any]:
+def serving(ours: Mapping, resolved: Mapping) -> dict[str, Any]:
   """What a serving engine must know of a diffusion model; {} for an AR one.
 
   `block_size`, `bd_size`, `mask_token_id`, `mask_id` and `sub_block_size` are keys that engines read; the
@@ -242,23 +250,32 @@ def serving(ours: Mapping, resolved: Mapping, kind: str) -> dict[str, Any]:
   term = terms.get(objective.get("likelihood") or "", noisy[0])
   term = term if term in noisy else noisy[0]
   mask = int(resolved.get("objective", {}).get("mask_id", objective.get("mask_id", -1)))
-  block = _last(corruption.get("blocks", {}).get("size", 0) if isinstance(corruption.get("blocks"), Mapping) else 0)
+  block = _last(
+    corruption.get("blocks", {}).get("size", 0) if isinstance(corruption.get("blocks"), Mapping) else 0
+  )
   shifted = term.get("align", "same") != "same"
   clean = "c" in objective.get("layout", {}).get("streams", ("c",))
   rule = str(objective.get("masks", {}).get("full", ""))
   out: dict[str, Any] = {"mask_token_id": mask, "mask_id": mask}
   if block:
-    out |= {"block_size": block, "bd_size": block, "sub_block_size": _last(ours.get("sampler", {}).get("sub_block", 0)) or block}
+    out |= {
+      "block_size": block,
+      "bd_size": block,
+      "sub_block_size": _last(ours.get("sampler", {}).get("sub_block", 0)) or block,
+    }
   seeded = term.get("align") == "shift_clean_boundary"
   out["diffusion"] = {
     "strategy": "block_diffusion" if block else "masked_diffusion",
-    "attention_policy": "full" if not clean else "causal" if rule.startswith(("context", "idlm")) else "block_causal",
+    "attention_policy": "full"
+    if not clean
+    else "causal"
+    if rule.startswith(("context", "idlm"))
+    else "block_causal",
     "logit_alignment": "shifted" if shifted else "same_position",
     "canvas_policy": "seed_and_mask" if seeded else "all_masked",
     "next_block_policy": "last_logit_anchor" if seeded else "all_masked",
     "prompt_remainder_policy": "include_in_first_canvas",
   }
-  del kind
   return out
 
 
@@ -295,7 +312,9 @@ def _specs(source: Source, kind: str, entries, dtype: str) -> dict[str, tensors.
   for e in entries:
     stored = source.hf_dtypes.get(e.name) or (common[0][0] if common else default)
     kept = stored if dtype == "source" else DTYPES[dtype]
-    out[e.name] = tensors.Tensor(pathlib.Path(), kept, hf_names.tensor_shape(source.cfg, e, shapes[e.leaf]), 0)
+    out[e.name] = tensors.Tensor(
+      pathlib.Path(), kept, hf_names.tensor_shape(source.cfg, e, shapes[e.leaf]), 0
+    )
   if source.layout == kind and source.cfg.head("text").tied:
     table = out[f"{hf_names.LAYOUTS[kind].table}.weight"]
     out |= {name: table for name in source.duplicates}
@@ -370,7 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     shard_bytes=int(args.shard_gb * 2**30), say=lambda text: print(text, file=sys.stderr),
   )  # fmt: skip
   print(
-    f"exported step {made['step']} as {made['layout']}: {made['tensors']} tensors, {made['bytes']:,} bytes in "
-    f"{made['files']} file{'s' * (made['files'] != 1)}, {args.dst}"
+    f"exported step {made['step']} as {made['layout']}: {made['tensors']} tensors, {made['bytes']:,} bytes "
+    f"in {made['files']} file{'s' * (made['files'] != 1)}, {args.dst}"
   )
   return 0

@@ -2,20 +2,22 @@
 
   genmodels import ~/checkpoints/Qwen3-0.6B runs/qwen3
 
-Tensors go from memory map to memory map, one at a time, so a model of any size needs little memory. The import
-is built in DST.importing and renamed at the end: DST is whole or not there. Killed, it goes on where it was when
-started again. Weights are read from safetensors only.
+Tensors go from memory map to memory map, one at a time, so a model of any size needs little memory. The
+import is built in DST.importing and renamed at the end: DST is whole or not there. Killed, it goes on where
+it was when it is started again. Weights are read from safetensors only.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import json
 import os
 import pathlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 
@@ -34,10 +36,11 @@ JOURNAL = "journal.jsonl"
 IDENTITY = "identity.json"
 
 
-def import_folder(src: str, dst: str, *, say=lambda text: None) -> folder.Folder:
+def import_folder(src: str, dst: str, *, threads: int = 0, say=lambda text: None) -> folder.Folder:
   """Imports the Hugging Face folder `src` as `dst`.
 
   Args:
+    threads: tensors copied at one time; 0 takes the cores, 8 at most.
     say: called with lines for people.
 
   Returns:
@@ -57,19 +60,20 @@ def import_folder(src: str, dst: str, *, say=lambda text: None) -> folder.Folder
   for name, t in found.items():
     if t.dtype not in tensors.FLOATS and not hf_names.BUFFERS.fullmatch(name):
       raise TensorError(
-        f"{t.file}: {name} is {t.dtype}; weights are read as {', '.join(tensors.FLOATS)}; dequantise or cast it"
+        f"{t.file}: {name} is {t.dtype}; weights are read as {', '.join(tensors.FLOATS)}; cast it first"
       )
   cfg = trunk_config.from_section(section)
   entries = hf_names.check(cfg, kind, {n: t.shape for n, t in found.items()})
   duplicates = _duplicates(cfg, kind, found)
   vocabulary = _tokenizer(source, hf, cfg)
   leaves = _leaves(cfg, entries, found)
+  ours = system_config(kind, hf, section, vocabulary, leaves)
   fingerprint = _fingerprint(source, found)
   if target.exists():
     return _existing(target, fingerprint)
   work = target.with_name(target.name + ".importing")
   _begin(work, fingerprint, source, leaves, say)
-  digests = _fill(work, cfg, entries, found, leaves, say)
+  digests = _fill(work, cfg, entries, found, threads or min(8, os.cpu_count() or 1), say)
   manifest = {
     "format": folder.FORMAT,
     "layout": kind,
@@ -83,7 +87,7 @@ def import_folder(src: str, dst: str, *, say=lambda text: None) -> folder.Folder
       for name, (dtype, shape) in leaves.items()
     },
   }
-  _finish(work, target, source, hf, kind, section, vocabulary, manifest)
+  _finish(work, target, source, ours, manifest)
   return folder.Folder.open(target)
 
 
@@ -96,14 +100,21 @@ def read_config(source: pathlib.Path) -> dict:
   path = source / "config.json"
   if not source.is_dir():
     raise ConfigError(
-      "no such folder", key="SRC", value=str(source), fix="download the checkpoint first; nothing is fetched here"
+      "no such folder",
+      key="SRC",
+      value=str(source),
+      fix="download the checkpoint first; nothing is fetched here",
     )
   try:
     hf = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise ConfigError("the folder has no config.json", key="SRC", value=str(source), fix="a Hugging Face folder") from None
+    raise ConfigError(
+      "the folder has no config.json", key="SRC", value=str(source), fix="a Hugging Face folder"
+    ) from None
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
-    raise ConfigError(f"config.json is no JSON: {e}", key="SRC", value=str(path), fix="fetch it again") from None
+    raise ConfigError(
+      f"config.json is no JSON: {e}", key="SRC", value=str(path), fix="fetch it again"
+    ) from None
   if not isinstance(hf, dict):
     raise ConfigError("config.json is no JSON object", key="SRC", value=str(path), fix="fetch it again")
   return hf
@@ -130,7 +141,7 @@ def _duplicates(cfg: TrunkConfig, kind: str, found: Mapping[str, Tensor]) -> lis
   if not same:
     raise ConfigError(
       f"the weights are said to be tied, but {name} differs from {hf_names.LAYOUTS[kind].table}.weight",
-      key="tie_word_embeddings", value=True, fix="set it to false in config.json, if that is what was trained",
+      key="tie_word_embeddings", value=True, fix="set it to false in config.json, if so it was trained",
     )  # fmt: skip
   return [name]
 
@@ -145,7 +156,9 @@ def _tokenizer(source: pathlib.Path, hf: Mapping, cfg: TrunkConfig) -> dict[str,
   try:
     t = tokenizers.Tokenizer.from_file(str(path))
   except Exception as e:  # the library raises bare Exceptions
-    raise ConfigError(f"tokenizer.json cannot be read: {e}", key="SRC", value=str(path), fix="fetch it again") from None
+    raise ConfigError(
+      f"tokenizer.json cannot be read: {e}", key="SRC", value=str(path), fix="fetch it again"
+    ) from None
   largest = max(t.get_vocab(with_added_tokens=True).values(), default=-1)
   if largest >= cfg.vocab:
     raise ConfigError(
@@ -202,7 +215,9 @@ def _begin(work: pathlib.Path, fingerprint: str, source: pathlib.Path, leaves, s
     except (FileNotFoundError, json.JSONDecodeError):
       same = False
     if not same:
-      raise ValueError(f"{work} is the rest of another import; nothing was written. Remove it and start again")
+      raise ValueError(
+        f"{work} is the rest of another import; nothing was written. Remove it and start again"
+      )
     say(f"going on with {work}")
   need = sum(int(np.prod(shape)) * tensors.DTYPES[dtype].itemsize for dtype, shape in leaves.values())
   have = sum(f.stat().st_blocks * 512 for f in (work / folder.LEAVES).glob("*")) if work.exists() else 0
@@ -228,41 +243,43 @@ def _sound(path: pathlib.Path, name: str, dtype: str, shape) -> bool:
   return t is not None and (t.dtype, t.shape) == (dtype, tuple(shape))
 
 
-def _fill(work, cfg, entries, found, leaves, say) -> dict[str, list[int]]:
+def _fill(work, cfg, entries, found, threads: int, say) -> dict[str, list[int]]:
   """Copies every tensor into its place. {leaf: digest}."""
   done = _journal(work / JOURNAL)
   sums: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
   total = sum(found[e.name].nbytes // e.part[1] for e in entries)
   size, start, last = 0, time.monotonic(), time.monotonic()
-  by_leaf = collections.defaultdict(list)
-  for e in entries:
-    by_leaf[e.leaf].append(e)
-  with (work / JOURNAL).open("a") as journal:
-    for name, mine in by_leaf.items():
-      out = tensors.header(folder.leaf_file(work, name))[0][name].open("r+")
-      for e in mine:
-        row = out if e.row is None else out[e.row]
-        first = 0 if e.row is None else e.row * row.size
-        digest = lambda: verify.host_digest(row, out.shape, first)
-        key = f"{name}:{e.row}"
-        # What a journal promises may have been lost with the machine's memory: it is read again.
-        if done.get(key) is None or (got := digest()) != done[key]:
-          a, b = hf_names.views(cfg, e, out, found[e.name].open())
-          tensors.copy_into(a, b)
-          got = digest()
-          journal.write(json.dumps([key, list(got)]) + "\n")
-          journal.flush()
-        sums[name] = [(x + y) % 2**32 for x, y in zip(sums[name], got)]
+  leaves = {n: tensors.header(folder.leaf_file(work, n))[0][n] for n in {e.leaf for e in entries}}
+  lock = threading.Lock()
+
+  def fill(e) -> tuple[int, int]:
+    """One entry; NumPy lets other threads run meanwhile, and memory maps hold no copy."""
+    out = leaves[e.leaf].open("r+")
+    row, first = (out, 0) if e.row is None else (out[e.row], e.row * out[e.row].size)
+    key = f"{e.leaf}:{e.row}"
+    # What a journal promises may have been lost with the machine's memory: it is read again.
+    if key in done and verify.host_digest(row, out.shape, first) == done[key]:
+      return done[key]
+    tensors.copy_into(*hf_names.views(cfg, e, out, found[e.name].open()))
+    got = verify.host_digest(row, out.shape, first)
+    with lock:
+      journal.write(json.dumps([key, list(got)]) + "\n")
+      journal.flush()
+    return got
+
+  with (work / JOURNAL).open("a") as journal, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    try:
+      for e, got in zip(entries, pool.map(fill, entries)):
+        sums[e.leaf] = [(x + y) % 2**32 for x, y in zip(sums[e.leaf], got)]
         size += found[e.name].nbytes // e.part[1]
         now = time.monotonic()
         if now - last > 10:
           last = now
           left = (now - start) * (total - size) / max(size, 1)
           say(f"import: {size / 1e9:.1f} of {total / 1e9:.1f} GB · ETA {left:.0f} s")
-      if len(mine) < (out.shape[0] if mine[0].row is not None else 1):
-        raise AssertionError(f"{name}: {len(mine)} of its rows are filled")  # `check` excludes it
-      del out
-      tensors.sync(folder.leaf_file(work, name))
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
   return dict(sums)
 
 
@@ -279,16 +296,15 @@ def _journal(path: pathlib.Path) -> dict[str, tuple[int, int]]:
   return out
 
 
-def _finish(work, target, source, hf, kind, section, vocabulary, manifest) -> None:
+def _finish(work, target, source, ours, manifest) -> None:
   """Config, tokenizer, manifest; then the name that says it is whole."""
   for name in folder.CARRIED:
     if (source / name).is_file():
       shutil.copyfile(source / name, work / name)
-  for folder_name in ("additional_chat_templates",):
-    if (source / folder_name).is_dir():
-      shutil.copytree(source / folder_name, work / folder_name, dirs_exist_ok=True)
+  if (source / folder.TEMPLATES).is_dir():
+    shutil.copytree(source / folder.TEMPLATES, work / folder.TEMPLATES, dirs_exist_ok=True)
   shutil.copyfile(source / "config.json", work / folder.HF_CONFIG)
-  config.write_json(work / folder.CONFIG, system_config(kind, hf, section, vocabulary, manifest["leaves"]))
+  config.write_json(work / folder.CONFIG, ours)
   for name in (JOURNAL, IDENTITY):
     (work / name).unlink(missing_ok=True)
   config.write_json(work / folder.MANIFEST, verify.seal(manifest))
@@ -307,8 +323,8 @@ def system_config(kind: str, hf: Mapping, section: Mapping, vocabulary: Mapping,
   The master type is that of the most elements; computing is in bfloat16 if they are, else in float32.
   """
   sizes: collections.Counter = collections.Counter()
-  for d in leaves.values():
-    sizes[d["dtype"]] += int(np.prod(d["shape"]))
+  for dtype, shape in leaves.values():
+    sizes[str(tensors.DTYPES[dtype])] += int(np.prod(shape))
   stored = sizes.most_common(1)[0][0]
   length = hf.get("max_position_embeddings") or hf.get("n_positions") or hf.get("max_sequence_length") or 2048
   window = hf_config.window(hf, section)

@@ -1,6 +1,7 @@
 """Tensor names of Hugging Face layouts ↔ our leaves.
 
-Pure mapping over NumPy arrays; config.json is `hf_config`'s business, files are `hf_import`'s and `hf_export`'s.
+Pure mapping over NumPy arrays; config.json is the business of `hf_config`, files that of `hf_import` and
+`hf_export`.
 
 Legend: D width · V vocabulary · R repeats of a segment.
 """
@@ -8,6 +9,7 @@ Legend: D width · V vocabulary · R repeats of a segment.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -93,7 +95,7 @@ _LLADA = Layout(
     "mlp/down": "ff_out",
   },
 )
-# DiffuLLaMA's wrapper takes the trunk out of its model: the table stands outside, the rest under denoise_model.
+# DiffuLLaMA's wrapper takes the trunk out of its model: the table stands outside, the rest under its name.
 _DIFFULLAMA = dataclasses.replace(
   _LLAMA, table="embed_tokens", final_norm="denoise_model.norm", layer="denoise_model.layers.{i}"
 )
@@ -147,7 +149,9 @@ def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
     ConfigError: an unknown layout, or leaves that it has no name for.
   """
   if layout not in LAYOUTS:
-    raise ConfigError("cannot map this layout", key="layout", value=layout, fix=f"one of {', '.join(LAYOUTS)}")
+    raise ConfigError(
+      "cannot map this layout", key="layout", value=layout, fix=f"one of {', '.join(LAYOUTS)}"
+    )
   names = LAYOUTS[layout]
   out, nameless = [], []
 
@@ -225,7 +229,8 @@ def check(cfg: TrunkConfig, layout: str, shapes: Mapping[str, tuple[int, ...]]) 
   return found
 
 
-def leaf_shapes(cfg: TrunkConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # it traces the whole model
+def leaf_shapes(cfg: TrunkConfig) -> Mapping[str, tuple[int, ...]]:
   """{leaf: shape} of the model, adapters left out."""
   abstract = Model(dataclasses.replace(cfg, lora=None)).abstract_params()
   return {path: tuple(x.shape) for path, x in _leaves(abstract).items()}

@@ -80,7 +80,7 @@ def header(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
       n = int.from_bytes(first, "little")
       if len(first) < 8 or n > min(MAX_HEADER, size - 8):
         raise TensorError(
-          f"{path}: no safetensors file, or cut inside its header: {size} bytes, header of {n}; fetch it again"
+          f"{path}: no safetensors file, or cut inside its header ({size} bytes, header {n}); fetch it again"
         )
       fields = json.loads(f.read(n))
   except FileNotFoundError:
@@ -142,7 +142,9 @@ def folder(path: str | os.PathLike) -> dict[str, Tensor]:
         out[name] = t
     lost = [n for n, f in weights.items() if n not in out or out[n].file.name != f]
     if lost:
-      raise TensorError(f"{path}: {INDEX} names {len(lost)} tensors that their shards do not hold: {some(lost)}")
+      raise TensorError(
+        f"{path}: {INDEX} names {len(lost)} tensors that their shards do not hold: {some(lost)}"
+      )
     return out
   found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
   if (path / SINGLE).is_file():
@@ -157,8 +159,8 @@ def folder(path: str | os.PathLike) -> dict[str, Tensor]:
   pickles = sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
   if pickles:
     raise TensorError(
-      f"{path}: only pickled weights ({some(pickles)}). Reading a pickle runs whatever code it holds, so it is "
-      "refused; convert it where you trust it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+      f"{path}: only pickled weights ({some(pickles)}). Reading a pickle runs whatever code it holds, so it "
+      "is refused; convert it where you trust it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
     )
   raise TensorError(f"{path}: no *.safetensors file")
 

@@ -149,7 +149,7 @@ def host_digest(x: np.ndarray, shape, start: int = 0, chunk: int = 1 << 16) -> t
     sizes[part] = sizes.get(part, 1) * size
   a = b = 0
   for at in range(0, flat.size, chunk):
-    w = flat[at : at + chunk].astype(np.uint32)
+    w = flat[at : at + chunk].astype(np.uint32)  # a copy: what follows works in place
     first = start + at
     if len(sizes) == 1:
       h = _mix_host(np.arange(first, first + w.size, dtype=np.uint32) + _SEED)
@@ -159,11 +159,22 @@ def host_digest(x: np.ndarray, shape, start: int = 0, chunk: int = 1 << 16) -> t
         size = np.uint64(sizes[part])
         h = _mix_host(h + (index % size).astype(np.uint32))
         index //= size
-    c1, c2 = h | np.uint32(1), ((h >> np.uint32(16)) | (h << np.uint32(16))) | np.uint32(1)
-    rot = (w << np.uint32(16)) | (w >> np.uint32(16))
-    a += int(np.sum(w * c1, dtype=np.uint64))
-    b += int(np.sum(rot * c2, dtype=np.uint64))
+    # Sums of uint32 wrap around, which is what is wanted.
+    rot = _rotate(w)
+    w *= h | np.uint32(1)
+    a += int(np.add.reduce(w, dtype=np.uint32))
+    h = _rotate(h)
+    h |= np.uint32(1)
+    rot *= h
+    b += int(np.add.reduce(rot, dtype=np.uint32))
   return a % 2**32, b % 2**32
+
+
+def _rotate(x: np.ndarray) -> np.ndarray:
+  """uint32 with its halves exchanged; a copy."""
+  out = x << np.uint32(16)
+  out |= x >> np.uint32(16)
+  return out
 
 
 def _mix_host(h: np.ndarray) -> np.ndarray:

@@ -297,7 +297,8 @@ class Python(_Planned):
 
   Fields:
     path: where the prepared data lie; "" is a directory in the workdir.
-    tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out. documents: files to take, 0 all.
+    tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out.
+    documents: files to take, 0 all.
   """
 
   seq_len: int = 256
@@ -315,7 +316,9 @@ class Python(_Planned):
       raise ValueError("tokenizer must be 'byte', 'bpe:N', or a folder with a tokenizer.json")
 
   def find_tokenizer(self, workdir: str):
-    return tokenizers.ByteTokenizer() if self.tokenizer == "byte" else self._prepared(workdir).find_tokenizer("")
+    return (
+      tokenizers.ByteTokenizer() if self.tokenizer == "byte" else self._prepared(workdir).find_tokenizer("")
+    )
 
   def facts(self, workdir: str) -> Meta:
     if self.tokenizer == "byte":
@@ -334,7 +337,9 @@ class Python(_Planned):
       )
     tokenizer = self.tokenizer.replace(":", "")
     if os.path.isdir(self.tokenizer):
-      tokenizer = f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
+      tokenizer = (
+        f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
+      )
     name = f"python-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
@@ -439,7 +444,9 @@ class Tokenizer(_Planned):
     # BOS stands in front of a text where the published tokenizer puts it there.
     opening = tokenizer.encode_published("")[:1]
     special["bos"] = int(opening[0]) if len(opening) and opening[0] != special["eos"] else -1
-    return dataclasses.replace(facts, vocab_size=vocab, values=min(facts.values, vocab), specials=special), tokenizer
+    return dataclasses.replace(
+      facts, vocab_size=vocab, values=min(facts.values, vocab), specials=special
+    ), tokenizer
 
 
 class _Texts(Data):
@@ -456,9 +463,9 @@ class _Texts(Data):
   @property
   def plan(self):
     raise records.DataError(
-      "these data are a tokenizer without documents (an imported checkpoint). To train or to evaluate a held-out "
-      "set, prepare documents (genmodels prepare … --tokenizer THIS_FOLDER) and set data.path; to evaluate a text, "
-      "give --text FILE"
+      "these data are a tokenizer without documents (an imported checkpoint). To train or to evaluate a "
+      "held-out set, prepare documents (genmodels prepare … --tokenizer THIS_FOLDER) and set data.path; to "
+      "evaluate a text, give --text FILE"
     )
 
   def heldout(self, batch_size: int = 0) -> Data:

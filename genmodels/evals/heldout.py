@@ -83,11 +83,9 @@ class Evaluator:
       )
     return self._over(self._text_batches(texts), trees, step, block, 1 << 62)
 
-  def of_published(
-    self, trees, texts: Sequence[str], length: int = 0, step: int = 0, block: int = 0
-  ) -> dict:
-    """The same for texts as the publisher of the tokenizer encodes them: BOS where its post-processor puts it,
-    no EOS, and what lies behind `length` tokens cut off (0: the data's seq_len). One text is one row.
+  def of_published(self, trees, texts: Sequence[str], length: int = 0, step: int = 0, block: int = 0) -> dict:
+    """The same for texts as the publisher of the tokenizer encodes them: BOS where its post-processor puts
+    it, no EOS, and what lies behind `length` tokens cut off (0: the data's seq_len). One text is one row.
 
     Raises:
       ConfigError: no tokenizer, a text without a token to predict, or `length` beyond learned positions.
@@ -100,12 +98,16 @@ class Evaluator:
       )  # fmt: skip
     limit = self.parts.model.cfg.learned_pos
     if length and limit and length > limit:
-      raise ConfigError(f"the model has {limit} positions", key="--length", value=length, fix=f"at most {limit}")
+      raise ConfigError(
+        f"the model has {limit} positions", key="--length", value=length, fix=f"at most {limit}"
+      )
     length = length or self.data.meta.seq_len
     rows = [tokenizer.encode_published(text)[:length] for text in texts]
     for i, ids in enumerate(rows):
       if len(ids) < 2:
-        raise ConfigError("a text of one token has nothing to predict", key="--text", value=i, fix="a longer text")
+        raise ConfigError(
+          "a text of one token has nothing to predict", key="--text", value=i, fix="a longer text"
+        )
       if int(ids.max()) >= self.data.meta.vocab_size:
         raise ConfigError(
           f"the tokenizer makes id {int(ids.max())}", key="model.vocab", value=self.data.meta.vocab_size,

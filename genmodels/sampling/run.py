@@ -168,6 +168,11 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
   ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len
+  if 0 < parts.model.cfg.learned_pos < length:
+    raise config.ConfigError(
+      f"the model has {parts.model.cfg.learned_pos} learned positions", key="sampler.length", value=length,
+      fix=f"at most {parts.model.cfg.learned_pos}",
+    )  # fmt: skip
   pad = max(meta.specials.get("pad", 0), 0)
   return prompt_row(ids, length, new or length, example_ids=example_ids, pad=pad, axes=meta.axes)
 

@@ -73,10 +73,13 @@ _QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj
 _QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _POST = ("pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight")
 _GPT2_LAYER = tuple(
-  f"{n}.{p}" for n in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj") for p in ("weight", "bias")
+  f"{n}.{p}"
+  for n in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+  for p in ("weight", "bias")
 )
 _LLADA_LAYER = tuple(
-  f"{n}.weight" for n in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+  f"{n}.weight"
+  for n in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 )
 _LLAMA_OUT = ("model.embed_tokens.weight", "model.norm.weight")
 _HEAD = ("lm_head.weight",)
@@ -177,7 +180,9 @@ def write(path, config, named, shards=1, index=None):
   for i in range(shards):
     mine = names[i * per : (i + 1) * per]
     file = tensors.SINGLE if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-    tensors.create(path / file, {n: (tensors.NAMES[named[n].dtype], named[n].shape) for n in mine}, {"format": "pt"})
+    tensors.create(
+      path / file, {n: (tensors.NAMES[named[n].dtype], named[n].shape) for n in mine}, {"format": "pt"}
+    )
     for n, t in tensors.header(path / file)[0].items():
       if named[n].size:
         t.open("r+")[...] = named[n]
@@ -210,7 +215,9 @@ def tokenizer(path, vocab=290, specials=("<s>", "</s>"), bos=True):
   )
   t.train_from_iterator([TEXT] * 4, trainer)
   if bos:
-    t.post_processor = hf.processors.TemplateProcessing(single=f"{specials[0]} $A", special_tokens=[(specials[0], 0)])
+    t.post_processor = hf.processors.TemplateProcessing(
+      single=f"{specials[0]} $A", special_tokens=[(specials[0], 0)]
+    )
   t.save(str(path / "tokenizer.json"))
   (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
   (path / "chat_template.jinja").write_text("{{ messages }}")

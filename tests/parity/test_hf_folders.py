@@ -113,14 +113,17 @@ def test_logits(case, tmp_path, monkeypatch):
   ids = np.random.default_rng(0).integers(0, 290, N).astype(np.int32)
   with torch.no_grad():
     mask = visible(case, config)
-    want = reference(case, named, config)(torch.tensor(ids[None].astype(np.int64)), attention_mask=mask).logits[0]
+    want = reference(case, named, config)(
+      torch.tensor(ids[None].astype(np.int64)), attention_mask=mask
+    ).logits[0]
   got = logits(run, ids)
   assert np.abs(want.numpy()).max() > 1
   assert np.abs(got - want.numpy()).max() <= 1e-4
 
 
 @pytest.mark.parametrize(
-  "case, dtype, bos", [("llama_tied", np.float32, True), ("gemma3_text", np.float32, True), ("qwen2", folders.BF16, False)]
+  "case, dtype, bos",
+  [("llama_tied", np.float32, True), ("gemma3_text", np.float32, True), ("qwen2", folders.BF16, False)],
 )
 def test_eval_text_is_what_transformers_gives(case, dtype, bos, tmp_path, monkeypatch, capsys):
   """Mean negative log-likelihood per token: same BOS, same truncation; a bfloat16 checkpoint in float32."""
@@ -133,7 +136,9 @@ def test_eval_text_is_what_transformers_gives(case, dtype, bos, tmp_path, monkey
   command = ["eval", str(tmp_path / "dst"), "--text", str(tmp_path / "text.txt"), "--json", "--length", "48"]
   assert cli.main([*command, "model.dtype=float32"]) == 0
   got = json.loads(capsys.readouterr().out)
-  hf = transformers.AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32, attn_implementation="eager")
+  hf = transformers.AutoModelForCausalLM.from_pretrained(
+    src, dtype=torch.float32, attn_implementation="eager"
+  )
   tokenizer = transformers.AutoTokenizer.from_pretrained(src)
   ids = tokenizer(folders.TEXT, return_tensors="pt", truncation=True, max_length=48).input_ids
   assert ids.shape == (1, 48) and (int(ids[0, 0]) == 0) == bos
@@ -146,7 +151,18 @@ def test_eval_text_is_what_transformers_gives(case, dtype, bos, tmp_path, monkey
     assert hf(ids[:, 1:], labels=ids[:, 1:]).loss.item() != pytest.approx(want, rel=1e-3)
 
 
-AR = ["llama", "llama_tied", "mistral", "qwen2", "qwen2_window", "qwen3_tied", "gpt2", "gemma", "gemma2", "gemma3_text"]
+AR = [
+  "llama",
+  "llama_tied",
+  "mistral",
+  "qwen2",
+  "qwen2_window",
+  "qwen3_tied",
+  "gpt2",
+  "gemma",
+  "gemma2",
+  "gemma3_text",
+]
 
 
 @pytest.mark.parametrize("case", AR)
@@ -165,7 +181,9 @@ def test_transformers_reads_an_export(case, tmp_path, monkeypatch):
   ids = torch.tensor(np.random.default_rng(0).integers(0, 290, (1, N)))
   out = []
   for path in (src, tmp_path / "out", bare):
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+      path, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
       out.append(model.eval()(ids).logits)
   assert torch.equal(out[0], out[1])

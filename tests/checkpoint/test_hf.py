@@ -1,0 +1,565 @@
+"""Import and export of Hugging Face folders: bytes, keys, digests, placement, damage, kills, memory."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from genmodels import cli
+from genmodels.checkpoint import folder, hf_config, hf_export, hf_import, hf_names, init, tensors, verify
+from genmodels.checkpoint.manager import RestoreError
+from genmodels.config import ConfigError
+from genmodels.models import config as trunk_config
+from tests.checkpoint import folders
+
+
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+  """fsync is most of a small import's time, and no test here loses power."""
+  monkeypatch.setattr(tensors, "sync", lambda path: None)
+
+
+def imported(tmp_path, case="qwen3", dtype=np.float32, **changes):
+  src, named = folders.make(tmp_path / "src", case, dtype, **changes)
+  folders.tokenizer(src)
+  return src, named, hf_import.import_folder(str(src), str(tmp_path / "dst"))
+
+
+# ------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("dtype", [np.float32, folders.BF16, np.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("case", folders.CONFIGS)
+def test_export_of_an_import_is_the_identity(case, dtype, tmp_path):
+  src, named = folders.make(tmp_path / "src", case, dtype, shards=3)
+  done = hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  assert set(done.manifest["hf_dtypes"]) == set(folders.keys(case)) == set(named)
+  made = hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"), shard_bytes=30_000)
+  back = tensors.folder(tmp_path / "out")
+  assert set(back) == set(named) and made["files"] > 1
+  for name, want in named.items():
+    got = back[name].open()
+    assert (got.dtype, got.shape) == (want.dtype, want.shape), name
+    assert got.tobytes() == want.tobytes(), name
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert {k: config[k] for k in folders.CONFIGS[case]} == json.loads((src / "config.json").read_text())
+
+
+def test_mixed_dtypes_come_back(tmp_path):
+  """One layer of a leaf in bfloat16, the others in float32: stored as float32, given back as they were."""
+  named = folders.values("qwen3")
+  odd = "model.layers.1.mlp.up_proj.weight"
+  named[odd] = named[odd].astype(folders.BF16)
+  src = folders.write(tmp_path / "src", folders.CONFIGS["qwen3"], named)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"))
+  back = tensors.folder(tmp_path / "out")
+  assert back[odd].dtype == "BF16"
+  assert all(back[n].open().tobytes() == x.tobytes() for n, x in named.items())
+
+
+def test_tied_weights_that_are_stored_twice(tmp_path):
+  named = folders.values("qwen3_tied")
+  named["lm_head.weight"] = named["model.embed_tokens.weight"]
+  named["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+  src = folders.write(tmp_path / "src", folders.CONFIGS["qwen3_tied"], named)
+  done = hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  assert done.manifest["dropped"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"))
+  back = tensors.folder(tmp_path / "out")
+  assert back["lm_head.weight"].open().tobytes() == named["lm_head.weight"].tobytes()
+  # Said to be tied, and not equal: neither may be thrown away silently.
+  named["lm_head.weight"] = named["lm_head.weight"] + 1
+  src = folders.write(tmp_path / "src2", folders.CONFIGS["qwen3_tied"], named)
+  with pytest.raises(ConfigError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+    hf_import.import_folder(str(src), str(tmp_path / "dst2"))
+  assert not list(tmp_path.glob("dst2*"))
+
+
+def test_tokenizer_and_chat_template_travel(tmp_path):
+  src, _, _ = imported(tmp_path)
+  (src / "pytorch_model.bin").write_bytes(b"")  # not carried
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"))
+  for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    assert (tmp_path / "out" / name).read_bytes() == (src / name).read_bytes()
+  assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+  }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- other layouts
+
+
+@pytest.mark.parametrize(
+  "case, layout",
+  [
+    ("qwen3", "sdar"), ("qwen2", "fast_dllm_v2"), ("qwen2", "dream"), ("sdar", "qwen3"), ("dream", "qwen2"),
+    ("fast_dllm_v2", "qwen2"), ("mistral_global", "diffullama"), ("gpt2", "diffugpt"), ("diffugpt", "gpt2"),
+    ("mistral_global", "llada"), ("mistral_global", "llama"),
+  ],
+)  # fmt: skip
+def test_a_model_under_another_layout(case, layout, tmp_path):
+  """The same architecture by another name: every key of the target's list, and it reads back as the same model."""
+  changes = {"sliding_window": None, "head_dim": 4} if case == "mistral_global" else {}
+  src, named = folders.make(tmp_path / "src", case.removesuffix("_global"), **changes)
+  first = hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"), layout=layout)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  expected = folders.keys(layout if layout != "llama" else "mistral", folders.CONFIGS[layout])
+  assert set(tensors.folder(tmp_path / "out")) == set(expected)
+  again = hf_import.import_folder(str(tmp_path / "out"), str(tmp_path / "again"))
+  assert again.manifest["layout"] == layout and len(expected) == len(named)
+  assert {n: d["digest"] for n, d in again.manifest["leaves"].items()} == {
+    n: d["digest"] for n, d in first.manifest["leaves"].items()
+  }
+  if layout in hf_config.REMOTE:
+    assert config["auto_map"]["AutoConfig"].startswith("configuration")
+  assert config["architectures"] == [hf_config.ARCHITECTURES[layout]]
+
+
+@pytest.mark.parametrize(
+  "case, layout, names",
+  [("qwen3", "qwen2", "qk_norm: .*; bias"), ("llama", "qwen3", "mlp|bias"), ("gemma2", "llama", "norm_offset"),
+   ("qwen3", "gpt2", "rope|gated|norm"), ("gpt2", "llama", "rotates positions"), ("qwen3", "llada", "qk_norm"),
+   ("mistral", "sdar", "qk_norm")],
+)  # fmt: skip
+def test_a_layout_that_cannot_say_it(case, layout, names, tmp_path):
+  src, _ = folders.make(tmp_path / "src", case)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  with pytest.raises(ConfigError, match=names):
+    hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"), layout=layout)
+  assert not list(tmp_path.glob("out*"))
+
+
+def test_dtype_of_an_export(tmp_path):
+  _, named, _ = imported(tmp_path)
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"), dtype="bfloat16")
+  back = tensors.folder(tmp_path / "out")
+  assert {t.dtype for t in back.values()} == {"BF16"}
+  name = "model.layers.2.self_attn.o_proj.weight"
+  assert back[name].open().tobytes() == named[name].astype(folders.BF16).tobytes()
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+  with pytest.raises(ConfigError, match="unknown dtype"):
+    hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out2"), dtype="int8")
+
+
+# ------------------------------------------------------------------------------------- metadata
+
+# What the named engines read of a config.json. tpu-inference's `seeded_shifted` adapter takes block_size or
+# bd_size, mask_token_id or mask_id, and sub_block_size, which must divide the block.
+BLOCK = {"block_size", "bd_size", "sub_block_size", "mask_token_id", "mask_id"}
+
+
+def test_serving_metadata():
+  terms = {"d": {"stream": "n", "align": "shift_clean_boundary"}}
+  objective = {
+    "corruption": {"kind": "absorb", "blocks": {"size": 32}}, "layout": {"streams": ("n", "c")}, "terms": terms,
+    "masks": {"full": "bd3"}, "mask_id": 151665,
+  }  # fmt: skip
+  made = hf_export.serving({"objective": objective, "sampler": {"sub_block": 8}}, {})
+  assert set(made) == BLOCK | {"diffusion"}
+  assert (made["block_size"], made["bd_size"], made["sub_block_size"], made["mask_id"]) == (32, 32, 8, 151665)
+  assert made["diffusion"] == {
+    "strategy": "block_diffusion", "attention_policy": "block_causal", "logit_alignment": "shifted",
+    "canvas_policy": "seed_and_mask", "next_block_policy": "last_logit_anchor",
+    "prompt_remainder_policy": "include_in_first_canvas",
+  }  # fmt: skip
+  terms["d"]["align"] = "same"
+  made = hf_export.serving({"objective": objective}, {"objective": {"mask_id": 7}})
+  assert made["mask_token_id"] == 7 and made["diffusion"]["logit_alignment"] == "same_position"
+  assert made["diffusion"]["canvas_policy"] == made["diffusion"]["next_block_policy"] == "all_masked"
+  assert made["sub_block_size"] == 32
+  growing = {"kind": "steps", "values": (1, 4, 16), "at": (0, 100, 200)}
+  objective["corruption"]["blocks"]["size"] = growing
+  assert hf_export.serving({"objective": objective}, {})["block_size"] == 16
+  whole = {
+    "corruption": {"kind": "absorb"},
+    "layout": {"streams": ("n",)},
+    "terms": {"d": {"stream": "n"}},
+    "mask_id": 5,
+  }
+  made = hf_export.serving({"objective": whole}, {})
+  assert (
+    set(made) == {"mask_token_id", "mask_id", "diffusion"} and made["diffusion"]["attention_policy"] == "full"
+  )
+  ar = {"corruption": {"kind": "clean"}, "terms": {"text": {"stream": "c", "align": "shift"}}}
+  assert hf_export.serving({"objective": ar}, {}) == {}
+
+
+@pytest.mark.parametrize("case", ["llada", "dream", "sdar", "fast_dllm_v2", "diffullama", "diffugpt"])
+def test_published_diffusion_models_are_systems(case, tmp_path):
+  """Their config builds: objective, laws, model, mask id; and exports with what a server must know."""
+  from genmodels import system
+
+  src, _ = folders.make(tmp_path / "src", case)
+  folders.tokenizer(src)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  cfg = hf_import.tuples(json.loads((tmp_path / "dst" / "config.json").read_text()))
+  import ml_collections
+
+  parts = system.build(ml_collections.ConfigDict(cfg), workdir=str(tmp_path / "dst"))
+  assert parts.objective.mask_id == 299 and parts.data.meta.specials["mask"] == 299
+  assert parts.model.cfg.head("text").forbid == (299,)
+  hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"))
+  out = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert out["mask_token_id"] == 299
+  assert out["diffusion"]["logit_alignment"] == ("same_position" if case in ("llada", "sdar") else "shifted")
+  assert out.get("block_size") == {"sdar": 4, "fast_dllm_v2": 8}.get(case)
+
+
+# --------------------------------------------------------------------------- digests and reading
+
+
+@pytest.mark.parametrize("dtype", [np.float32, folders.BF16, np.float16, np.int8])
+def test_host_digest_is_the_devices(dtype):
+  x = np.random.default_rng(0).standard_normal((4, 6, 10)).astype(np.float32)
+  x = (100 * x).astype(dtype)
+  want = tuple(int(v) for v in verify.leaf_digest(jnp.asarray(x)))
+  rows = [verify.host_digest(x[r], x.shape, 60 * r, chunk=13) for r in range(4)]
+  assert tuple(sum(r[i] for r in rows) % 2**32 for i in range(2)) == want
+  assert verify.host_digest(x, x.shape) == want
+  assert verify.host_digest(x, (6, 4, 10)) == want  # row-major order is what counts
+  x[1, 2, 3] += 1
+  assert verify.host_digest(x, x.shape) != want
+
+
+def test_host_digest_of_more_elements_than_32_bits_count(monkeypatch):
+  """The index is then split into parts; here at 2⁵ elements, so that it can be tried."""
+
+  def strides(shape):
+    out, part, stride = [], 0, 1
+    for size in reversed(shape):
+      if stride * size > 2**5:
+        part, stride = part + 1, 1
+      out.append((part, stride))
+      stride *= size
+    return out[::-1]
+
+  assert verify.strides((80, 8192, 28672)) == [(1, 1), (0, 28672), (0, 1)]  # a 70B MLP leaf
+  monkeypatch.setattr(verify, "strides", strides)
+  x = np.random.default_rng(0).standard_normal((5, 3, 4, 8)).astype(np.float32)
+  want = tuple(int(v) for v in verify.leaf_digest(jnp.asarray(x)))
+  assert verify.host_digest(x, x.shape) == want
+  rows = [verify.host_digest(x[r], x.shape, 96 * r, chunk=7) for r in range(5)]
+  assert tuple(sum(r[i] for r in rows) % 2**32 for i in range(2)) == want
+
+
+def test_each_device_reads_its_own_slice(tmp_path):
+  """Of a leaf that is sharded, no read is larger than a shard; and the values are right."""
+  _, named, done = imported(tmp_path)
+  name = "stack/s0/l0/mlp/up/kernel"  # [3, 24, 40]
+  leaf = done.leaf(name)
+  asked = []
+
+  class Spy:
+    shape = leaf.shape
+
+    def __getitem__(self, index):
+      asked.append(leaf[index].size)
+      return leaf[index]
+
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+  x = folder._place(Spy(), NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+  assert max(asked) == leaf.size // 8 and len(asked) == 8
+  want = np.stack([named[f"model.layers.{i}.mlp.up_proj.weight"].T for i in range(3)])
+  np.testing.assert_array_equal(np.asarray(x), want)
+  sharding = lambda n, shape: NamedSharding(mesh, PartitionSpec()) if n.endswith("final_norm/scale") else None
+  values, step, _ = done.read(None, sharding)
+  assert list(values) == ["trees/model/final_norm/scale"] and step == 0
+
+
+def test_damage_of_an_import_is_named(tmp_path):
+  _, _, done = imported(tmp_path)
+  root = tmp_path / "dst"
+  path = folder.leaf_file(root, "stack/s0/l0/attn/q/kernel")
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+  with pytest.raises(RestoreError, match="stack/s0/l0/attn/q/kernel: the bits read do not have the digest"):
+    done.read()
+  path.write_bytes(whole[:-4])
+  with pytest.raises(RestoreError, match="truncated"):
+    done.read()
+  path.unlink()
+  with pytest.raises(RestoreError, match="missing"):
+    done.read()
+  path.write_bytes(whole)
+  assert done.read()[0]
+  (root / "import.json").write_text((root / "import.json").read_text().replace("qwen3", "qwen2"))
+  with pytest.raises(RestoreError, match="damaged"):
+    init.open_folder(str(root))
+  (root / "import.json").unlink()
+  with pytest.raises(RestoreError, match="holds no checkpoint"):
+    init.open_folder(str(root))
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def cut(path):
+  data = path.read_bytes()
+  path.write_bytes(data[: len(data) - 100])
+
+
+def edit(path, **changes):
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def recast(src, dtype):
+  named = {n: t.open().copy() for n, t in tensors.folder(src).items()}
+  name = "model.layers.1.mlp.up_proj.weight"
+  named[name] = named[name].astype(dtype)
+  shutil.rmtree(src)
+  folders.write(src, folders.CONFIGS["qwen3"], named)
+
+
+def drop(src, name):
+  named = {n: t.open().copy() for n, t in tensors.folder(src).items() if n != name}
+  shutil.rmtree(src)
+  folders.write(src, folders.CONFIGS["qwen3"], named)
+
+
+def pickled(src):
+  for p in src.glob("*.safetensors*"):
+    p.unlink()
+  (src / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+BAD = {
+  "missing shard": (lambda s: (s / "model-00002-of-00003.safetensors").unlink(), "missing shard model-00002-of-00003"),
+  "truncated shard": (lambda s: cut(s / "model-00002-of-00003.safetensors"), "truncated: expected .* bytes, got"),
+  "cut header": (lambda s: (s / "model-00001-of-00003.safetensors").write_bytes(b"\xff" * 12), "cut inside its header"),
+  "no header": (lambda s: (s / "model-00001-of-00003.safetensors").write_bytes(b"\x04" + 7 * b"\0" + b"oops"), "no JSON"),
+  "wrong dtype": (lambda s: recast(s, np.int8), "up_proj.weight is I8; weights are read as F32, F16, BF16"),
+  "missing tensor": (lambda s: drop(s, "model.norm.weight"), "1 missing tensors: model.norm.weight"),
+  "pickle": (pickled, "only pickled weights .* runs whatever code"),
+  "no weights": (lambda s: [p.unlink() for p in s.glob("*.safetensors*")], r"no \*.safetensors file"),
+  "vocabulary of the config": (lambda s: edit(s / "config.json", vocab_size=301), "expected shape .*do not belong"),
+  "vocabulary of the tokenizer": (lambda s: folders.tokenizer(s, specials=[f"<{i}>" for i in range(60)]), "ids up to 3.., the weights 300 rows"),
+  "layers": (lambda s: edit(s / "config.json", num_hidden_layers=2), "9 tensors that no parameter takes|no parameter"),
+  "heads": (lambda s: edit(s / "config.json", num_key_value_heads=3), "k_proj.weight: expected shape"),
+  "unknown architecture": (lambda s: edit(s / "config.json", model_type="mamba"), "model_type = 'mamba': cannot read"),
+  "mixture of experts": (lambda s: edit(s / "config.json", model_type="qwen3_moe"), "not supported yet: it needs mixture"),
+  "llada 2": (lambda s: edit(s / "config.json", model_type="llada2_moe"), "not supported yet: .*partial rotary"),
+  "activation": (lambda s: edit(s / "config.json", hidden_act="relu2"), "hidden_act = 'relu2'"),
+  "rope": (lambda s: edit(s / "config.json", rope_scaling={"rope_type": "longrope", "factor": 2.0}), "longrope"),
+  "quantised": (lambda s: edit(s / "config.json", quantization_config={"bits": 4}), "quantised weights"),
+  "window": (
+    lambda s: edit(s / "config.json", layer_types=["sliding_attention"] * 3, sliding_window=None), "sliding_window",
+  ),
+  "incomplete config": (lambda s: edit(s / "config.json", model_type="gpt2"), "config.json lacks a key"),
+  "no config": (lambda s: (s / "config.json").unlink(), "has no config.json"),
+  "config is no JSON": (lambda s: (s / "config.json").write_text("{"), "no JSON"),
+  "tokenizer is no JSON": (lambda s: (s / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+  "index of pickles": (
+    lambda s: (s / tensors.INDEX).write_text(json.dumps({"weight_map": {"a": "../model.bin"}})), "no index",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name, tmp_path, capsys):
+  """One message that says what and where; nothing is written."""
+  src, _ = folders.make(tmp_path / "src", "qwen3", shards=3)
+  folders.tokenizer(src)
+  spoil, message = BAD[name]
+  spoil(src)
+  with pytest.raises(ValueError, match=message):
+    hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  assert [p.name for p in tmp_path.iterdir()] == ["src"]
+  assert cli.main(["import", str(src), str(tmp_path / "dst")]) == 2
+  assert capsys.readouterr().err.startswith("genmodels import: ")
+
+
+def test_nothing_is_written_over(tmp_path):
+  src, _, done = imported(tmp_path)
+  before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dst").rglob("*")}
+  assert (
+    hf_import.import_folder(str(src), str(tmp_path / "dst")).manifest == done.manifest
+  )  # the same: nothing to do
+  other, _ = folders.make(tmp_path / "other", "qwen2")
+  with pytest.raises(ValueError, match="is an import of .*src.*nothing was written"):
+    hf_import.import_folder(str(other), str(tmp_path / "dst"))
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.tex").write_text("x")
+  with pytest.raises(ValueError, match="something else; nothing was written"):
+    hf_import.import_folder(str(src), str(tmp_path / "mine"))
+  with pytest.raises(ValueError, match="exists; nothing was written"):
+    hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "mine"))
+  assert {p: p.stat().st_mtime_ns for p in (tmp_path / "dst").rglob("*")} == before
+  assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+  # The rest of another import is not taken for this one's.
+  (tmp_path / "new.importing").mkdir()
+  (tmp_path / "new.importing" / "identity.json").write_text("{}")
+  with pytest.raises(ValueError, match="rest of another import"):
+    hf_import.import_folder(str(src), str(tmp_path / "new"))
+
+
+def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
+  src, _ = folders.make(tmp_path / "src", "qwen3")
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+  with pytest.raises(tensors.TensorError, match="bytes of free disk for the import, got 1,000"):
+    hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
+  imported(tmp_path)
+  monkeypatch.setattr(
+    tensors, "copy_into", lambda a, b: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+  )
+  with pytest.raises(OSError, match="No space"):
+    hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"))
+  assert not list(tmp_path.glob("out*"))
+
+
+def test_export_needs_to_know_the_layout(tmp_path):
+  with pytest.raises(FileNotFoundError, match="SRC is a workdir of `train`, or an import"):
+    hf_export.export_folder(str(tmp_path), str(tmp_path / "out"))
+  src, _ = folders.make(tmp_path / "src", "qwen3")
+  with pytest.raises(ConfigError, match="neither an import nor a workdir"):
+    hf_export.export_folder(str(src), str(tmp_path / "out"))
+
+
+# ------------------------------------------------------------------------------- config sections
+
+
+def test_layers_of_a_pattern():
+  section = hf_config.section(folders.CONFIGS["gemma3_text"])
+  local = {"mask": "local", "rope_base": 1e4, "rope_scaling": False}
+  assert section["pattern"] == (local, local, {}) and section["layers"] == 5
+  cfg = trunk_config.from_section(section)
+  assert [(s.repeats, len(s.pattern)) for s in cfg.segments] == [(1, 3), (1, 2)]
+  assert (
+    cfg.rope.scaling.kind == "linear" and cfg.attn_scale == 20**-0.5 and cfg.post_norm and cfg.norm_offset
+  )
+  runs = hf_config.section(folders.CONFIGS["qwen2_window"])["segments"]
+  assert [(s["pattern"], s["repeats"]) for s in runs] == [(({},), 2), (({"mask": "local"},), 1)]
+  assert hf_config.section(folders.CONFIGS["mistral"])["pattern"] == ({"mask": "local"},)
+  assert hf_config.window(folders.CONFIGS["mistral"], hf_config.section(folders.CONFIGS["mistral"])) == 5
+  assert hf_config.masks("bd3", 5) == {"full": "bd3", "local": "bd3&NEAR(4)"}
+
+
+@pytest.mark.parametrize("case", folders.CONFIGS)
+def test_every_config_writes_itself(case):
+  """From our model alone: the layout's own config.json gives the same model back."""
+  config = folders.CONFIGS[case]
+  layout = (
+    "diffullama" if case == "diffullama" else "diffugpt" if case == "diffugpt" else hf_config.layout(config)
+  )
+  cfg = trunk_config.from_section(hf_config.section(config))
+  out = hf_config.write(cfg, layout, {}, config.get("sliding_window") or 0)
+  assert not hf_config.differences(
+    trunk_config.from_section(hf_config.section(json.loads(json.dumps(out)))), cfg
+  )
+  assert hf_names.entries(cfg, layout)
+
+
+# ----------------------------------------------------------------------- processes of their own
+
+KILLED = """
+import os, signal, sys
+from genmodels.checkpoint import hf_import, tensors
+left, copy = int(sys.argv[3]), tensors.copy_into
+def mine(a, b):
+  global left
+  if left == 0:
+    a.reshape(-1)[: a.size // 2] = 7  # half of a tensor is there
+    os.kill(os.getpid(), signal.SIGKILL)
+  left -= 1
+  copy(a, b)
+tensors.copy_into = mine
+hf_import.import_folder(sys.argv[1], sys.argv[2], threads=1)
+"""
+
+
+def script(code, *args):
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(cli.__file__).parents[1])}
+  return subprocess.run(
+    [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True
+  )
+
+
+def files(root):
+  return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_a_killed_import_goes_on_and_ends_the_same(tmp_path, monkeypatch):
+  src, _ = folders.make(tmp_path / "src", "qwen3")
+  folders.tokenizer(src)
+  hf_import.import_folder(str(src), str(tmp_path / "straight"))
+  dst = tmp_path / "dst"
+  for tensors_left in (0, 9):
+    assert script(KILLED, src, dst, tensors_left).returncode == -signal.SIGKILL
+    assert not dst.exists()
+  # What the journal promises is read again: bits lost with the machine's memory are copied anew.
+  lines = (tmp_path / "dst.importing" / "journal.jsonl").read_text().splitlines()
+  assert len(lines) == 9
+  path = folder.leaf_file(tmp_path / "dst.importing", json.loads(lines[0])[0].split(":")[0])
+  damaged = path.read_bytes()
+  path.write_bytes(damaged[:-8] + 8 * b"\1")
+  copied = []
+  monkeypatch.setattr(tensors, "copy_into", lambda a, b: (copied.append(a.shape), a.__setitem__(..., b)))
+  hf_import.import_folder(str(src), str(dst))
+  assert len(copied) == len(folders.keys("qwen3")) - 9 + 1
+  monkeypatch.undo()
+  assert files(dst) == files(tmp_path / "straight")
+
+
+MEMORY = """
+import sys, threading, time
+from genmodels.checkpoint import hf_import, tensors
+tensors.sync = lambda path: None
+peak, done = 0, False
+def anon():
+  return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+def watch():
+  global peak
+  while not done:
+    peak = max(peak, anon())
+    time.sleep(0.005)
+t = threading.Thread(target=watch); t.start()
+if sys.argv[3] == "stream":
+  hf_import.import_folder(sys.argv[1], sys.argv[2])
+else:
+  import numpy as np
+  held = [np.array(t.open()) for t in tensors.folder(sys.argv[1]).values()]
+done = True
+t.join()
+print(peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+def test_memory_of_an_import(tmp_path):
+  """Anonymous memory stays under the largest tensor plus 1 GiB, for a model of 1.8 GB; holding it does not."""
+  config = dict(
+    folders.CONFIGS["qwen3"], hidden_size=2048, intermediate_size=8192, num_hidden_layers=14, vocab_size=1000,
+    head_dim=64, num_attention_heads=16, num_key_value_heads=8, torch_dtype="bfloat16",
+  )  # fmt: skip
+  src = tmp_path / "src"
+  src.mkdir()
+  (src / "config.json").write_text(json.dumps(config))
+  specs = {n: ("BF16", folders.shape("qwen3", n, config)) for n in folders.keys("qwen3", config)}
+  tensors.create(src / tensors.SINGLE, specs)
+  found = tensors.header(src / tensors.SINGLE)[0]
+  total, largest = sum(t.nbytes for t in found.values()), max(t.nbytes for t in found.values())
+  bound = largest + 2**30
+  assert total > 1.2 * bound
+  streamed = script(MEMORY, src, tmp_path / "dst", "stream")
+  held = script(MEMORY, src, tmp_path / "dst2", "hold")
+  assert streamed.returncode == held.returncode == 0, streamed.stderr + held.stderr
+  print(
+    f"{total / 1e6:.0f} MB model, largest {largest / 1e6:.0f} MB: peak {int(streamed.stdout) / 1e6:.0f} MB"
+  )
+  assert int(streamed.stdout) < bound < int(held.stdout)

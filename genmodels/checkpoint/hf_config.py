@@ -183,7 +183,7 @@ def _llama(hf, kind: str) -> dict[str, Any]:
   )
   if gemma:
     out |= dict(norm_offset=True, embed_scale=width**0.5)
-    if not (hf.get("hidden_activation") or hf.get("hidden_act")) or hf.get("hidden_act") == "gelu":
+    if not hf.get("hidden_activation") and hf.get("hidden_act") in (None, "gelu"):
       out["activation"] = "gelu_tanh"  # what Gemma is, whatever its first config files said
   if kind in ("gemma2", "gemma3_text"):
     out |= dict(post_norm=True, attn_scale=float(hf.get("query_pre_attn_scalar", 256)) ** -0.5)

@@ -15,9 +15,20 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from genmodels import cli
-from genmodels.checkpoint import folder, hf_config, hf_export, hf_import, hf_names, init, tensors, verify
-from genmodels.checkpoint.manager import RestoreError
+from genmodels.checkpoint import (
+  adopt,
+  folder,
+  hf_config,
+  hf_export,
+  hf_import,
+  hf_names,
+  init,
+  tensors,
+  verify,
+)
+from genmodels.checkpoint.manager import Manager, RestoreError, nested
 from genmodels.config import ConfigError
+from genmodels.data import tokenizers
 from genmodels.models import config as trunk_config
 from tests.checkpoint import folders
 
@@ -429,6 +440,118 @@ def test_export_needs_to_know_the_layout(tmp_path):
     hf_export.export_folder(str(src), str(tmp_path / "out"))
 
 
+# ------------------------------------------------------------------------------ workdirs of runs
+
+
+def workdir(path, done, trees, **sections):
+  """A workdir as `train` leaves it: config.json and one checkpoint of `trees` {name: {leaf: array}}."""
+  ours = json.loads((done.directory / "config.json").read_text())
+  (path / init.CHECKPOINTS).mkdir(parents=True)
+  (path / "config.json").write_text(json.dumps({**ours, "train": {}, **sections}))
+  manager = Manager(path / init.CHECKPOINTS)
+  nest = lambda leaves: nested({n: jnp.asarray(x) for n, x in leaves.items()})
+  manager.save(3, {"trees": {tree: nest(leaves) for tree, leaves in trees.items()}})
+  manager.close()
+  return path
+
+
+def test_export_of_a_run(tmp_path):
+  """The average where one is kept; what the import brought along; padding of the vocabulary left out."""
+  src, named, done = imported(tmp_path, dtype=folders.BF16)
+  leaves = {n: np.asarray(done.leaf(n), np.float32) for n in done.manifest["leaves"]}
+  pad = lambda x: np.concatenate([x, np.full((20, x.shape[1]), 9, x.dtype)])
+  leaves["embed/tokens/embedding"] = pad(leaves["embed/tokens/embedding"])
+  leaves["heads/text/kernel"] = pad(leaves["heads/text/kernel"].T).T
+  model = json.loads((done.directory / "config.json").read_text())["model"]
+  run = workdir(
+    tmp_path / "run", done, {"model": {n: x + 1 for n, x in leaves.items()}, "ema": leaves}, train={"ema": 0.9},
+    model={**model, "vocab_multiple": 64, "param_dtype": "float32"},
+  )  # fmt: skip
+  with pytest.raises(ConfigError, match="nothing says which layout"):
+    hf_export.export_folder(str(run), str(tmp_path / "out"))
+  hf_export.carry(str(tmp_path / "dst"), run)
+  made = hf_export.export_folder(str(run), str(tmp_path / "out"))
+  assert (made["layout"], made["step"]) == ("qwen3", 3)
+  back = tensors.folder(tmp_path / "out")
+  assert {n: t.open().tobytes() for n, t in back.items()} == {n: x.tobytes() for n, x in named.items()}
+  assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (src / "tokenizer.json").read_bytes()
+  hf_export.export_folder(str(run), str(tmp_path / "raw"), tree="model", dtype="float32")
+  norm = tensors.folder(tmp_path / "raw")["model.norm.weight"].open()
+  np.testing.assert_array_equal(norm, named["model.norm.weight"].astype(np.float32) + 1)
+  # A run that starts from this run passes the files on.
+  hf_export.carry(str(run), tmp_path / "next")
+  assert (tmp_path / "next" / "hf" / "facts.json").is_file()
+  # Without them: a layout by name, and a folder to be like.
+  shutil.rmtree(run / "hf")
+  hf_export.export_folder(str(run), str(tmp_path / "bare"), layout="qwen3")
+  assert json.loads((tmp_path / "bare" / "config.json").read_text())["vocab_size"] == 300
+  hf_export.export_folder(str(run), str(tmp_path / "like"), like=str(src))
+  assert json.loads((tmp_path / "like" / "config.json").read_text())["max_position_embeddings"] == 64
+  with pytest.raises(ConfigError, match="has no such tree"):
+    hf_export.export_folder(str(run), str(tmp_path / "x"), tree="teacher", layout="qwen3")
+
+
+def test_adapters_and_hidden_averages_are_not_dropped(tmp_path):
+  _, _, done = imported(tmp_path)
+  leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}
+  lora = leaves | {"stack/s0/l0/attn/q/lora_a": np.zeros((3, 24, 2), np.float32)}
+  run = workdir(tmp_path / "lora", done, {"model": lora})
+  with pytest.raises(ConfigError, match=r"1 adapter leaves (.|\n)*merge"):
+    hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3")
+  run = workdir(tmp_path / "free", done, {"model": leaves}, optim={"name": "schedule_free"})
+  with pytest.raises(ConfigError, match="average that lies in the optimizer"):
+    hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3")
+
+
+def test_adopt_takes_the_model_and_leaves_the_recipe(tmp_path):
+  """GPT-2's table ends with its vocabulary: it grows for the mask. Local layers get the rule, narrowed."""
+  from genmodels import config
+
+  src, _ = folders.make(tmp_path / "gpt2", "gpt2", vocab_size=290)
+  folders.tokenizer(src)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  mask = tokenizers.load(str(src)).specials["mask"]
+  assert mask == 290
+  cfg = config.load("language/bd3lm:tiny")
+  dtype, blocks = cfg.model.dtype, cfg.objective.corruption.blocks.to_dict()
+  cfg.data.documents = 5
+  notes = adopt.adopt(cfg, str(tmp_path / "dst"), str(tmp_path / "run")).notes
+  assert cfg.model.vocab == mask + 1 and cfg.model.learned_pos == 64 and cfg.model.dtype == dtype
+  assert cfg.objective.corruption.blocks.to_dict() == blocks
+  assert cfg.init.to_dict() == {
+    "kind": "workdir", "path": str(tmp_path / "dst"), "mask_row": "mean_noise", "mask_id": mask, "resize_vocab": True,
+  }  # fmt: skip
+  assert any("grows from 290 to 291" in n for n in notes)
+
+  src, _ = folders.make(
+    tmp_path / "dream", "dream", use_sliding_window=True, sliding_window=7, max_window_layers=1
+  )
+  hf_import.import_folder(str(src), str(tmp_path / "dst2"))
+  cfg = config.load("language/sdar:tiny")
+  cfg.data = {"kind": "tokenizer", "seq_len": 32, "vocab": 300}
+  adopt.adopt(cfg, str(tmp_path / "dst2"), "")
+  assert cfg.objective.masks.to_dict() == {"full": "bd3", "local": "bd3&NEAR(6)"}
+  assert cfg.objective.mask_id == 299 and "mask_row" not in cfg.init  # a row of its own, trained
+
+
+def test_sampling_and_evaluation_of_an_import_say_what_does_not_fit(tmp_path, capsys):
+  src, _ = folders.make(tmp_path / "src", "gpt2")
+  folders.tokenizer(src)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  sample = ["sample", "--workdir", str(tmp_path / "dst")]
+  assert cli.main([*sample, "--prompt", folders.TEXT, "--length", "8"]) == 2
+  assert "a row has 8; raise the length or cut the prompt" in capsys.readouterr().err
+  assert cli.main([*sample, "--prompt", "the", "--length", "65"]) == 2
+  assert "64 learned positions" in capsys.readouterr().err
+  assert cli.main(["eval", str(tmp_path / "dst")]) == 2
+  assert "--text FILE" in capsys.readouterr().err
+  (tmp_path / "text.txt").write_text(folders.TEXT)
+  assert (
+    cli.main(["eval", str(tmp_path / "dst"), "--text", str(tmp_path / "text.txt"), "--length", "65"]) == 2
+  )
+  assert "64 positions" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------- config sections
 
 
@@ -490,6 +613,30 @@ def script(code, *args):
 
 def files(root):
   return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_blocks_of_one_token_cost_what_the_imported_model_costs(tmp_path):
+  """Context-causal block diffusion at block size 1, a block's first token from the clean stream, is next-token
+  prediction: a conversion by block-size curriculum begins at the checkpoint's own likelihood."""
+  from genmodels.evals import heldout
+  from genmodels.sampling.run import load_run
+
+  imported(tmp_path, "qwen3_tied")
+  section = {
+    "kind": "tokens", "corruption": {"kind": "absorb", "unit": "block", "blocks": {"size": 1}},
+    "layout": {"kind": "streams", "streams": ("n", "c")}, "masks": {"full": "context_causal"}, "mask_id": 299,
+    "terms": {"diffusion": {"stream": "n", "on": "hit", "weight": "nelbo", "align": "shift_clean_boundary"}},
+  }  # fmt: skip
+  nats = {}
+  path = tmp_path / "dst" / "config.json"
+  ours = json.loads(path.read_text())
+  for name, objective in (("ar", ours["objective"]), ("blocks", section)):
+    path.write_text(json.dumps({**ours, "objective": objective}))
+    run = load_run(tmp_path / "dst", overrides=("model.heads.text.forbid=(299,)",))
+    evaluator = heldout.Evaluator(heldout.EvalConfig(draws=1), run.parts, run.mesh, jax.random.key(0))
+    nats[name] = evaluator.of_published(run.trees, [folders.TEXT], 40)["nats_per_token"]
+  assert nats["blocks"] == pytest.approx(nats["ar"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -188,3 +188,37 @@ def test_transformers_reads_an_export(case, tmp_path, monkeypatch):
       out.append(model.eval()(ids).logits)
   assert torch.equal(out[0], out[1])
   assert torch.equal(out[0], out[2])
+
+
+@pytest.mark.parametrize("case", ["gemma3_text", "qwen3_tied"])
+def test_greedy_sampling_is_generate(case, tmp_path, monkeypatch, capsys):
+  """`sample` on an import, through the cache and its local layers, gives the tokens that generate gives."""
+  monkeypatch.setattr(tensors, "sync", lambda path: None)
+  src, _ = folders.make(tmp_path / "src", case, eos_token_id=1, pad_token_id=1)
+  folders.tokenizer(src)
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  command = [
+    "sample",
+    "--workdir",
+    str(tmp_path / "dst"),
+    "--prompt",
+    "the cat sat on",
+    "--length",
+    "32",
+    "--json",
+  ]
+  assert cli.main([*command, "temperature=0.0"]) == 0
+  got = json.loads(capsys.readouterr().out)["samples"][0]["tokens"]
+  hf = transformers.AutoModelForCausalLM.from_pretrained(
+    src, dtype=torch.float32, attn_implementation="eager"
+  )
+  ids = transformers.AutoTokenizer.from_pretrained(src)("the cat sat on", return_tensors="pt").input_ids
+  want = hf.generate(
+    ids,
+    max_length=len(got),
+    do_sample=False,
+    attention_mask=torch.ones_like(ids),
+    suppress_tokens=[0, 290, 291],
+  )
+  assert len(got) > ids.shape[1] + 5
+  assert got == want[0].tolist()

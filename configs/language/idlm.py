@@ -15,7 +15,7 @@ VARIANTS = ("tiny",)
 def get_config(variant: str = ""):
   cfg = sections.system(
     "language/idlm",
-    title="I-DLM: Introspective Diffusion Language Models",
+    title="Introspective Diffusion Language Models",
     arxiv="2604.11035",
     row=-1,
     tests=(

@@ -66,7 +66,7 @@ def inclusion(n: int, k: int, slope: float) -> np.ndarray:
 
 @functools.cache
 def marginals(largest: int, bias: float) -> np.ndarray:
-  """`inclusion` of every n, k, i under log w_i = bias·(1−k/n)·i/n, float32[largest + 1, largest + 1, largest]."""
+  """`inclusion` of every [n, k, i] up to `largest` under log w_i = bias·(1−k/n)·i/n, float32."""
   table = np.zeros((largest + 1, largest + 1, largest), np.float32)
   for n in range(1, largest + 1):
     for k in range(n + 1):
@@ -106,8 +106,7 @@ class PositionAbsorb(Absorb):
     """Largest block size that the schedule takes, 0 for whole documents."""
     if self.blocks.sizes:
       return max(self.blocks.sizes)
-    size = self.blocks.size
-    return int(max(size.values)) if size.kind == "steps" else int(size(0))
+    return int(max(self.blocks.size.table))
 
   def select(self, score, unit_lo, ok, k, n, bound):
     if bound is not None or self.bias == 0:

@@ -34,8 +34,8 @@ PREFIX = "trees/model/"
 # Of a source folder, taken along: what makes text of ids and says how the model wants to be used.
 CARRIED = (
   "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-  "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "generation_config.json", "chat_template.jinja",
-  "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE",
+  "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "generation_config.json",
+  "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 

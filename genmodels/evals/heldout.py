@@ -114,7 +114,10 @@ class Evaluator:
           fix="the tokenizer of this checkpoint",
         )  # fmt: skip
     size = max(map(len, rows))
-    pieces = [(i, 0, ids, 0) for i, ids in enumerate(rows)]
+    bos = self.data.meta.specials.get(
+      "bos", -1
+    )  # given, as in training: a diffusion model does not pay for it
+    pieces = [(i, 0, ids, int(ids[0] == bos)) for i, ids in enumerate(rows)]
     shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     return self._over(self._rows(pieces, size, shards), trees, step, block, 1 << 62, shards)
 

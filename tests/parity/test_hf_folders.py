@@ -222,3 +222,19 @@ def test_greedy_sampling_is_generate(case, tmp_path, monkeypatch, capsys):
   )
   assert len(got) > ids.shape[1] + 5
   assert got == want[0].tolist()
+
+
+@pytest.mark.parametrize("case", AR)
+def test_configs_that_transformers_writes(case):
+  """What save_pretrained writes today (rope_parameters, layer_types) says the same as the published files."""
+  from genmodels.checkpoint import hf_config
+
+  config = folders.CONFIGS[case]
+  kind = REFERENCE.get(case, ("Qwen3",))[0]
+  written = getattr(transformers, f"{'Gemma3Text' if kind == 'Gemma3' else kind}Config")(**config).to_dict()
+  assert "rope_theta" not in written or case == "gpt2"
+  read = lambda c: hf_config.section(json.loads(json.dumps(c)))
+  assert not hf_config.differences(
+    hf_config.trunk_config.from_section(read(written)), hf_config.trunk_config.from_section(read(config))
+  )
+  assert hf_config.window(written, read(written)) == hf_config.window(config, read(config))

@@ -7,7 +7,7 @@ import math
 import ml_dtypes
 import numpy as np
 
-from genmodels.checkpoint import tensors
+from genmodels.checkpoint import hf_import, tensors
 
 SMALL = dict(
   hidden_size=24, intermediate_size=40, num_hidden_layers=3, vocab_size=300, num_attention_heads=6,
@@ -222,3 +222,10 @@ def tokenizer(path, vocab=290, specials=("<s>", "</s>"), bos=True):
   (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
   (path / "chat_template.jinja").write_text("{{ messages }}")
   return t
+
+
+def imported(tmp_path, case="qwen3", dtype=np.float32, **changes):
+  """A case in tmp_path/src with a tokenizer, imported as tmp_path/dst. (source, its tensors, Folder)."""
+  src, named = make(tmp_path / "src", case, dtype, **changes)
+  tokenizer(src)
+  return src, named, hf_import.import_folder(str(src), str(tmp_path / "dst"))

@@ -1,7 +1,7 @@
 """Interval attention over a mesh axis that splits the sequence, on top of any implementation.
 
 Everything here runs inside shard_map, on this shard's queries and keys. Codes travel with their tokens, so
-neither offsets nor masks per rank exist: bounds that are local and codes that came along are exact, wherever a
+neither offsets nor masks per rank exist: local bounds and the codes that came along are exact, wherever a
 layout has put the tokens.
 
   gather  every shard gathers the keys; the backward pass gathers them again and reduce-scatters dk and dv
@@ -167,8 +167,8 @@ def _gathered(x, local, axis):
 
 # -- ring ---------------------------------------------------------------------------------------------
 # Step s of shard r attends to what shard r − s sent: s = 0 … n − 2 in a loop that hands the keys on while it
-# computes, then s = n − 1 together with the keys that stay. The backward pass goes the other way round, so that
-# dk and dv, which travel with their keys, are at home after the last step.
+# computes, then s = n − 1 together with the keys that stay. The backward pass goes the other way round, so
+# that dk and dv, which travel with their keys, are at home after the last step.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,11 +1,11 @@
 """Which context shard holds which tokens: balanced work, whole blocks, one permutation for all streams.
 
-Every row is cut into pieces of one static capacity; a shard takes the same number of pieces, in ascending order,
-and holds, stream by stream, the slots of their tokens:
+Every row is cut into pieces of one static capacity; a shard takes the same number of pieces, in ascending
+order, and holds, stream by stream, the slots of their tokens:
 
-  zigzag    2n pieces for n shards, shard r takes r and 2n − 1 − r (balanced wherever work grows along the row)
-  balanced  n · pieces of them, given in order of their work to the shard with the least that has room: packed
-            documents, ragged blocks
+  zigzag    2n pieces for n shards, shard r takes r and 2n − 1 − r (balanced where work grows along the row)
+  balanced  n · pieces of them, given in order of their work to the shard with the least that has room:
+            packed documents, ragged blocks
 
 Codes travel with the tokens, so a mask is a function of the placed slots as of any others.
 
@@ -42,8 +42,8 @@ def capacity(tokens: int, shards: int, pieces: int, whole_blocks: int) -> tuple[
   if whole_blocks > length:
     raise ValueError(
       f"layout.whole_blocks is {whole_blocks}, longer than a piece of {length} tokens ({tokens} on {shards} "
-      f"context shards × {pieces}); take fewer shards or pieces, or whole_blocks=0, which cuts blocks and gathers "
-      "the noisy keys too"
+      f"context shards × {pieces}); take fewer shards or pieces, or whole_blocks=0: blocks are cut then, and "
+      "noisy keys travel too"
     )
   return length, length if whole_blocks < 2 else -(-(length + whole_blocks - 1) // 8) * 8
 
@@ -100,9 +100,7 @@ def place(slots: Slots, shards: int, pieces: int, whole_blocks: int = 0, work: A
   n = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
   piece = n // length
   piece = piece - (n < jnp.take_along_axis(cut, piece, 1))
-  rank = jnp.take_along_axis(
-    jnp.argsort(flat, axis=1).astype(jnp.int32), piece, 1
-  )  # place among all K pieces
+  rank = jnp.take_along_axis(jnp.argsort(flat, axis=1).astype(jnp.int32), piece, 1)  # among all pieces
   inside = n - jnp.take_along_axis(cut, piece, 1) + rank % pieces * C
   M = pieces * C
   where = (rank // pieces * streams * M + inside)[:, None] + stream * M

@@ -6,6 +6,7 @@ Legend: B rows · N clean tokens · S physical slots · A slots asked for.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ class Streams:
 
   Fields:
     streams: names; "c" is the clean one, the k-th other one is noisy copy k.
-    placement: where slots lie on a mesh with a context axis: "none" as arranged, "zigzag", "balanced" by the pairs
-      that each piece of a row sees; see layouts/placement.py. Does nothing without such an axis.
+    placement: where slots lie on a mesh with a context axis: "none" as arranged, "zigzag", "balanced" by the
+      pairs that each piece of a row sees; see layouts/placement.py. Does nothing without such an axis.
     pieces: pieces of a row on each context shard under "balanced".
     whole_blocks: length of the longest block, to keep every block on one shard (slots are padded for it):
       noisy keys that only their own block sees then stay there. 0 cuts blocks, all keys travel.
@@ -110,7 +111,7 @@ class Streams:
       where=where,
     )
 
-  def place(self, slots: Slots, shards: int, pairs) -> Slots:
+  def place(self, slots: Slots, shards: int, pairs: Callable[[], Array] | None = None) -> Slots:
     """All slots of a row, permuted (and padded) for `shards` context shards.
 
     Args:

@@ -30,8 +30,8 @@ class AttnMask:
   Fields:
     code: int32[B, Lk].
     lo, hi: int32[B, T, Lq].
-    shards, local: of keys that a layout placed for `shards` context shards: spans (start, stop) of each shard's
-      slots whose keys no query of another shard sees. Static; dropping them loses no correctness.
+    shards, local: of keys that a layout placed for `shards` context shards: spans (start, stop) of each
+      shard's slots whose keys no query of another shard sees. Static; without them all keys travel.
   """
 
   code: Array

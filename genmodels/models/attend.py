@@ -104,7 +104,8 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
 
   Args:
     q: [B, S, H, K]; k, v: [B, S, G, K].
-    plan: of this call's mask, from `plans`. cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
+    plan: of this call's mask, from `plans`.
+    cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
 
   Returns:
     [B, S, H, K].

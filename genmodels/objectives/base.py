@@ -152,9 +152,10 @@ class Objective:
         )
     kept, longest = self.layout.whole_blocks, self.corruption.blocks.longest
     if kept and (longest is None or longest > kept):
+      size = "all tokens of a document" if longest is None else f"{longest} tokens"
       raise ConfigError(
-        f"blocks have up to {'a document of' if longest is None else longest} tokens, longer than what context "
-        "shards keep whole", key="layout.whole_blocks", value=kept,
+        f"a block can have {size}, more than context shards are to keep whole",
+        key="layout.whole_blocks", value=kept,
         fix="0: blocks are cut and the noisy keys travel" if longest is None else f"whole_blocks={longest}",
       )  # fmt: skip
     if len(self.layout.noisy) > self.corruption.copies:
@@ -178,7 +179,7 @@ class Objective:
     return inputs, {name: self.read(row, noise, slots, t) for name, t in self.terms.items()}
 
   def slots(self, row: Row, noise: Noise, only: Array | None = None) -> Slots:
-    """Where the tokens sit. All of them together (`only` is None) are placed over the mesh's context shards."""
+    """Where the tokens sit; all of them together (`only` is None) are placed over the context shards."""
     slots = self.layout.arrange(row, noise, only)
     mesh = current_mesh()
     if only is not None or mesh is None:

@@ -2,7 +2,24 @@
 
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
+from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.inputs import InputMask
 
-REGISTRY = {"clean": Clean, "absorb": Absorb, "monotone_absorb": MonotoneAbsorb}
+REGISTRY = {
+  "clean": Clean,
+  "absorb": Absorb,
+  "monotone_absorb": MonotoneAbsorb,
+  "position_absorb": PositionAbsorb,
+  "input_mask": InputMask,
+}
 
-__all__ = ["REGISTRY", "Absorb", "Blocks", "Clean", "Corruption", "MonotoneAbsorb"]
+__all__ = [
+  "REGISTRY",
+  "Absorb",
+  "Blocks",
+  "Clean",
+  "Corruption",
+  "InputMask",
+  "MonotoneAbsorb",
+  "PositionAbsorb",
+]

@@ -205,7 +205,7 @@ def sizes(text) -> list[int]:
   return [int(np.prod([int(d) for d in s.split(",")])) for s in re.findall(r"f32\[([\d,]+)\]", text)]
 
 
-@pytest.mark.parametrize("whole, share", [(0, 1), (BLOCK, 2)])
+@pytest.mark.parametrize("whole, share", [pytest.param(0, 1, marks=pytest.mark.slow), (BLOCK, 2)])
 def test_traffic_of_gathering(whole, share):
   # Keys and values are gathered once a pass, dk and dv reduce-scattered; whole blocks: the clean half alone.
   text, part = compiled("gather", whole)
@@ -215,7 +215,7 @@ def test_traffic_of_gathering(whole, share):
   assert not collectives(text, "all-reduce") + collectives(text, "all-to-all")
 
 
-@pytest.mark.parametrize("whole, share", [(0, 1), (BLOCK, 2)])
+@pytest.mark.parametrize("whole, share", [pytest.param(0, 1, marks=pytest.mark.slow), (BLOCK, 2)])
 def test_traffic_and_memory_of_the_ring(whole, share):
   # Forward: k, v in the loop. Backward: k, v twice before it (for its first step and its second), k, v, dk, dv
   # in it. Nothing is ever as large as the keys of all shards.
@@ -227,6 +227,7 @@ def test_traffic_and_memory_of_the_ring(whole, share):
   assert max(sizes(text)) < 8 * travel <= max(sizes(compiled("gather", whole)[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", context.STRATEGIES)
 def test_the_backward_pass_keeps_local_keys_only(strategy):
   mask = mask_of(4, doc=np.zeros((1, 152), int))

@@ -24,7 +24,6 @@ CASES = {
   "ring balanced local": ([PLACE + "balanced", "objective.layout.pieces=2", WHOLE, "model.context=ring"], dict(context=8)),
   "gather balanced": ([PLACE + "balanced", "objective.layout.pieces=4"], dict(context=8)),
 }  # fmt: skip
-FAST = ("ring zigzag local",)
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 host devices")
 
@@ -42,7 +41,8 @@ def alone():
   return get
 
 
-@pytest.mark.parametrize("case", [c if c in FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_device(alone, case):
   overrides, mesh = CASES[case]
   parts = systems.build("language/bd3lm", LONG, *overrides)

@@ -285,3 +285,31 @@ def test_remat_by_name_keeps_the_merged_output(strategy, forward):
     per_layer = 2 * x.size + 2 * S if name == "keep" else x.size  # the layer's input, out and LSE
     assert floats <= 3 * per_layer + w.size, (name, floats)
   assert count["keep"] < count["again"], count
+
+
+@pytest.mark.aot
+def test_transfers_of_the_ring_overlap_its_kernels_on_a_tpu():
+  # In the schedule of a v5e: within a step, forward (k, v) and backward (k, v, dk, dv), every permute begins
+  # before the loop over tiles and ends behind it.
+  pytest.importorskip("libtpu")
+  from jax.experimental import topologies
+
+  devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+  mesh = make_mesh(MeshConfig(data=1, context=4), list(devices))
+  place = lambda spec, shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+  bounds = place(P(None, None, "context"), (1, 2, 4096), jnp.int32)
+  mask = AttnMask(place(P(None, "context"), (1, 4096), jnp.int32), bounds, bounds)
+
+  def loss(w, x, mask):
+    attend = sharded(mesh, mask, "ring", (), tiles=(512, 512), scale=0.1)
+    layer = lambda x, w: (x + attend(x @ w[0], x @ w[1], x @ w[2])[0], None)
+    return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
+
+  x = place(P(None, "context"), (1, 4096, 2, 128), jnp.bfloat16)
+  w = place(P(), (3, 3, 128, 128), jnp.bfloat16)
+  with kernels.building_for(kernels.Target.of(devices[0])):
+    text = jax.jit(jax.grad(loss)).lower(w, x, mask).compile().as_text()
+  names = "collective-permute-start", "while", "collective-permute-done"
+  steps = [re.findall(rf" = .*? ({'|'.join(names)})\(", body) for body in text.split("\n\n")]
+  overlapped = [n for n in (2, 4) for s in steps if s == [names[0]] * n + ["while"] + [names[2]] * n]
+  assert overlapped == [2, 4], [s for s in steps if s]

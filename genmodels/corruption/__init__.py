@@ -4,6 +4,7 @@ from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.subset import Subset
 
 REGISTRY = {
   "clean": Clean,
@@ -11,6 +12,7 @@ REGISTRY = {
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
   "input_mask": InputMask,
+  "subset": Subset,
 }
 
 __all__ = [
@@ -22,4 +24,5 @@ __all__ = [
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",
+  "Subset",
 ]

@@ -19,6 +19,7 @@ NAMED = {
   "idlm": ("BLK_EQ&POS_LE", "BLK_LT", "POS_LE"),  # I-DLM
   "wedlm": ("BLK_EQ&ORD_LE", "BLK_LT", "POS_LE"),  # WeDLM: causal in observed-first order
   "any_order": (None, None, "ORD_LE"),
+  "any_subset": (None, "ORD_LT", "ORD_LE"),  # AS-ARM: queries see given and earlier tokens' content
 }
 
 
@@ -39,7 +40,8 @@ def table(rule, streams: tuple[str, ...]) -> Relations:
       if s == CLEAN:
         pairs[s, s] = clean
       else:
-        pairs[s, s] = own
+        if own:
+          pairs[s, s] = own
         if CLEAN in streams and to_clean:
           pairs[s, CLEAN] = to_clean
   else:

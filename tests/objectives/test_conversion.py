@@ -10,7 +10,7 @@ import pytest
 
 from genmodels import config, models, objectives
 from genmodels import rows as row_geometry
-from genmodels.contracts import Inputs, Target
+from genmodels.contracts import CONTEXT, TEXT, Inputs, Target
 from genmodels.masks import AttnMask
 from genmodels.objectives import laws
 from tests.objectives.test_text import KEY, MASK, ar, logits, loss, rows, trunk
@@ -222,3 +222,50 @@ def test_models_of_the_recipes_build():
   for name in ("fast_dllm_v2", "wedlm:tiny"):
     cfg = config.load(f"language/{name}")
     assert models.build(dict(config.plain(cfg.model)) | {"vocab": 384}).cfg.layers in (28, 2)
+
+
+def test_one_pass_is_the_chain_rule():
+  """Σ log p of the masked tokens in one pass = their conditionals, one forward each, in generation order."""
+  obj, row = objective("as_arm:tiny"), rows((10,), B=1)
+  noise = obj.corruption.draw(row, KEY, 2)
+  want = np.asarray(loss(obj, row, step=2)[1])[0]
+  model, params = trunk()
+  given = row.replace(role=jnp.where(noise.hit[:, 0], TEXT, CONTEXT))
+
+  @jax.jit
+  def conditional(committed):
+    """nll of every token, given the committed ones only: what a sampler asks before it commits the next."""
+    state = obj.corruption.state(given, committed)
+    # Content of tokens that are not there yet is left out, as a sampler leaves it out.
+    n = jnp.arange(10)
+    pairs = jnp.concatenate(
+      [jnp.stack([0 * n, n], -1), jnp.where(committed[0, :, None], jnp.stack([0 * n + 1, n], -1), -1)]
+    )
+    inputs, read = obj.view(given, state, pairs[None])
+    target = Target("text", read["subset"], row.tokens, jnp.ones((1, 10)))
+    return model.apply(params, inputs, {"x": target}).dists["x"].nll(row.tokens)[0]
+
+  hit = np.asarray(noise.hit[0, 0])
+  assert 3 <= hit.sum() <= 8
+  committed = jnp.asarray(~hit)[None]
+  for n in np.flatnonzero(hit):  # text order inside the masked part
+    np.testing.assert_allclose(want[n], conditional(committed)[n], atol=2e-5)
+    committed = committed.at[0, n].set(True)
+  # Control: another order is another factorisation.
+  assert (
+    abs(float(conditional(jnp.asarray(~hit)[None])[np.flatnonzero(hit)[-1]]) - want[np.flatnonzero(hit)[-1]])
+    > 1e-3
+  )
+
+
+def test_any_subset_likelihood_asks_for_every_token_once():
+  row = rows((9, 6), B=2)
+  obj = objective("as_arm:tiny")
+  inputs, targets, _ = obj.prepare(row, KEY, 0, bound=(2, 5))
+  np.testing.assert_array_equal(targets["subset"].weight, row.role == 1)
+  assert (np.asarray(inputs.ids[:, :15, 0])[np.asarray(row.role == 1)] == MASK).all()
+  noise = obj.corruption.draw(row, KEY, 0, bound=(2, 5))
+  within = np.asarray(noise.order)
+  np.testing.assert_array_equal(within, np.tile(np.r_[0:9, 0:6], (2, 1)))  # nothing given: left to right
+  with pytest.raises(config.ConfigError, match="order='observed_first'"):
+    objectives.Objective(corruption={"kind": "subset", "order": "logical"})

@@ -123,7 +123,8 @@ def test_what_is_not_computed_is_refused():
     dict(model_type="mamba"),
     dict(hidden_act="relu"),
     dict(rope_parameters=dict(rope_type="longrope", factor=2.0)),
-    dict(use_sliding_window=True),
+    dict(partial_rotary_factor=0.5),
+    dict(layer_types=["chunked_attention"] * 3),
   ):
     with pytest.raises(ConfigError):
       hf_config.section({**config, **change})

@@ -3,8 +3,8 @@
 A thread block of a GPU kernel walks one line. Its entries lie in one row of a table, the partial tiles
 before the full ones: one loop with the mask, then one without, and no branch inside either. A tile that two
 intervals of a query tile meet has two entries, so a loop body only ever holds the mask of one interval;
-that is exact, because intervals are disjoint. Thread blocks start in the order of their numbers, so the rows of
-a table are sorted by length: long lines start first and the short ones fill the gaps at the end.
+that is exact, because intervals are disjoint. Thread blocks start in the order of their numbers, so the rows
+of a table are sorted by length: long lines start first and the short ones fill the gaps at the end.
 
 Legend: B rows of the mask · T intervals · I query tiles · J key tiles · N lines (I, or J in the transposed
 lists) · C capacity of a line (T times the tiles of the other side, the worst case) · Lq', Lk' lengths padded

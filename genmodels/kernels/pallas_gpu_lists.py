@@ -3,8 +3,8 @@
 A thread block of a GPU kernel walks one line. Its entries lie in one row of a table, the partial tiles
 before the full ones: one loop with the mask, then one without, and no branch inside either. A tile that two
 intervals of a query tile meet has two entries, so a loop body only ever holds the mask of one interval;
-that is exact, because intervals are disjoint. Thread blocks start in the order of their numbers, so lines
-are handed out longest first: the short ones fill the gaps at the end.
+that is exact, because intervals are disjoint. Thread blocks start in the order of their numbers, so the rows
+of a table are sorted by length: long lines start first and the short ones fill the gaps at the end.
 
 Legend: B rows of the mask · T intervals · I query tiles · J key tiles · N lines (I, or J in the transposed
 lists) · C capacity of a line (T times the tiles of the other side, the worst case) · Lq', Lk' lengths padded
@@ -67,18 +67,18 @@ class Tiles(NamedTuple):
 
 @pytree()
 class Lines:
-  """Entries of every line, in a table.
+  """The lines of a mask row in a table, longest first: table row r speaks of line[r].
 
   Fields:
-    count: int32[B, N, 2], (partial, full) entries of a line.
+    line: int32[B, N], which line; a thread block takes a table row and works on this query or key tile.
+    count: int32[B, N, 2], (partial, full) entries of the table row.
     entry: int32[B, N, C], column | interval << 24; the partial ones, then the full ones, then nothing. Each
       part is in the order of (interval, column).
-    order: int32[B, N], lines by falling number of entries.
   """
 
+  line: Array
   count: Array
   entry: Array
-  order: Array
 
 
 @pytree("tiles", "lengths", "implementation")
@@ -172,7 +172,7 @@ def _checked(tiles: Tiles) -> Tiles:
 
 
 def _lines(active: Array, full: Array) -> Lines:
-  """Lines of the set entries of active [B, N, T, columns]."""
+  """The table of the set entries of active [B, N, T, columns]."""
   B, N, T, columns = active.shape
   packed = jnp.arange(columns, dtype=jnp.int32) | (jnp.arange(T, dtype=jnp.int32)[:, None] << _TERM_SHIFT)
   # One sort: the class (0 partial, 1 full, 2 nothing) stands above the bits of an entry.
@@ -180,5 +180,5 @@ def _lines(active: Array, full: Array) -> Lines:
   entry = jnp.sort((packed | kind << _CLASS_SHIFT).reshape(B, N, T * columns), axis=-1)
   entry = entry & (2**_CLASS_SHIFT - 1)
   count = jnp.stack([(active & ~full).sum((2, 3)), full.sum((2, 3))], -1).astype(jnp.int32)
-  order = jnp.argsort(-count.sum(-1), axis=-1, stable=True).astype(jnp.int32)
-  return Lines(count, entry, order)
+  line = jnp.argsort(-count.sum(-1), axis=-1, stable=True).astype(jnp.int32)
+  return Lines(line, *(jnp.take_along_axis(x, line[..., None], 1) for x in (count, entry)))

@@ -48,13 +48,12 @@ def _check(got: lists.Lines, partial, full):
   """Every line holds exactly the wanted (interval, column) pairs, partial ones first."""
   rows, n = partial.shape[:2]
   for b in range(rows):
-    for line in range(n):
+    assert sorted(got.line[b]) == list(range(n)) and (np.diff(got.count[b].sum(-1)) <= 0).all()
+    for r, line in enumerate(got.line[b]):
       both = [[(t, c) for t, c in zip(*np.nonzero(kind[b, line]))] for kind in (partial, full)]
-      assert tuple(got.count[b, line]) == (len(both[0]), len(both[1]))
-      entry = got.entry[b, line, : len(both[0]) + len(both[1])]
+      assert tuple(got.count[b, r]) == (len(both[0]), len(both[1]))
+      entry = got.entry[b, r, : len(both[0]) + len(both[1])]
       assert list(zip(lists.term(entry), lists.column(entry))) == both[0] + both[1]
-    length = got.count[b].sum(-1)[got.order[b]]
-    assert sorted(got.order[b]) == list(range(n)) and (np.diff(length) <= 0).all()
 
 
 @pytest.mark.compat

@@ -107,8 +107,9 @@ class _Kernel(NamedTuple):
   def tile(self, shape, dtype):
     """Shared memory for operands of wgmma, swizzled in rows of 128 bytes, or of a step if that is shorter:
     both operands must be swizzled alike, and a contraction is a multiple of such a row."""
-    columns = min(64, self.step)
-    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    size = jnp.dtype(dtype).itemsize
+    columns = min(128 // size, self.step)
+    swizzle = plgpu.SwizzleTransform(columns * size)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle))
 
 
@@ -143,9 +144,17 @@ def backward(
   rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, padded - rows.shape[3])))
   bounds = jnp.stack([plan.lo, plan.hi], 2)  # [M, T, 2, Lq']
   operands = q, k, v, d_out, rows, bounds, plan.code
-  dq = _dq(_dq_kernel(options, plan, D, safe), plan.dq, *operands)
-  dk, dv = _dkv(_dkv_kernel(options, plan, D, safe), plan.dkv, *operands)
-  return dq, dk, dv
+  by_key = _dkv_kernel(options, plan, D, safe)
+  if options.deterministic or by_key.shared_rows:
+    return _dq(_dq_kernel(options, plan, D, safe), plan.dq, *operands), *_dkv(by_key, plan.dkv, *operands)
+  # The interpreter has no reduction: there every entry of every thread block gets an array of its own.
+  interpreted = target.current().interpret is not None
+  pieces = plan.dkv.line.shape[1] * by_key.blocks * plan.dkv.entry.shape[2] if interpreted else 1
+  B = q.shape[0]
+  dq_ref = jax.new_ref(jnp.zeros((pieces * B, *q.shape[1:]), jnp.float32))
+  dk, dv = _dkv(by_key, plan.dkv, *operands, dq_ref)
+  dq = jax.freeze(dq_ref).reshape(pieces, *q.shape).sum(0)
+  return (dq * options.scale).astype(q.dtype), dk, dv
 
 
 def _dq_kernel(options: Options, plan: Plan, D: int, safe: bool) -> _Kernel:
@@ -177,13 +186,13 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
   chunks, parts, step = kernel.chunks, kernel.parts, kernel.step
 
   def body(
-    q_g, k_g, v_g, do_g, rows_g, bounds_g, code_g, count_g, entry_g, order_g, dq_g,
+    q_g, k_g, v_g, do_g, rows_g, bounds_g, code_g, line_g, count_g, entry_g, dq_g,
     q_s, do_s, rows_s, bounds_s, k_s, v_s, code_s, ds_s, own, k_full, v_full, k_free, v_free,
   ):  # fmt: skip
     b, h, wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
-    m, line, first = _place(kernel, lines, order_g, b)
-    partial = count_g[m, line, 0] * kernel.steps
-    total = partial + count_g[m, line, 1] * kernel.steps
+    m, row, first = _place(kernel, lines, line_g, b)
+    partial = count_g[m, row, 0] * kernel.steps
+    total = partial + count_g[m, row, 1] * kernel.steps
 
     @pl.when(wg < kernel.consumers)
     def _():
@@ -197,7 +206,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
           def do(i, _):
             slot = lax.rem(i, jnp.int32(_STAGES))
             if masked:
-              t = term(entry_g[m, line, lax.div(i, jnp.int32(kernel.steps))]) if T > 1 else 0
+              t = term(entry_g[m, row, lax.div(i, jnp.int32(kernel.steps))]) if T > 1 else 0
               lo, hi = (
                 plgpu.load(bounds_s.at[t, x, pl.ds(wg * _ROWS, _ROWS)], layout=_ROW) for x in range(2)
               )
@@ -219,7 +228,8 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
               return ds if slope is None else ds * slope
 
             ds = pl.run_scoped(scores, *[plgpu.ACC((_ROWS, step), jnp.float32)] * 2)
-            left = _operand(kernel, ds.astype(q_g.dtype), ds_s, wg)
+            ds = ds.astype(q_g.dtype)
+            left = _staged(ds, ds_s.at[wg]) if kernel.safe else ds
             for c in range(chunks):
               plgpu.wgmma(dq_acc[c], left, k_s.at[slot, c])
             plgpu.wgmma_wait(0)
@@ -256,7 +266,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
       @pl.loop(0, total)
       def _(i):
         slot = lax.rem(i, jnp.int32(_STAGES))
-        j = column(entry_g[m, line, lax.div(i, jnp.int32(kernel.steps))]) * kernel.edge
+        j = column(entry_g[m, row, lax.div(i, jnp.int32(kernel.steps))]) * kernel.edge
         keys = pl.ds(j + lax.rem(i, jnp.int32(kernel.steps)) * step, step)
         _wait_for_room(i, k_free, slot)
         _copy(kernel, k_g.at[b, keys, hk], k_s.at[slot], k_full.at[slot])
@@ -282,31 +292,65 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
       plgpu.Barrier(num_arrivals=2 * parts * chunks + 2),
       *_ring_barriers(chunks + 1, chunks, kernel.consumers),
     ],
-    grid=(H, lines.order.shape[1] * kernel.blocks, B),
+    grid=(H, lines.line.shape[1] * kernel.blocks, B),
     grid_names=("h", "n", "b"),
     **_launch(kernel, "attention_dq"),
-  )(q, k, v, d_out, rows, bounds, code, lines.count, lines.entry, lines.order)
+  )(q, k, v, d_out, rows, bounds, code, lines.line, lines.count, lines.entry)
 
 
-def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> tuple[Array, Array]:
-  """dk, dv [B, Lk, Hk, D]: a thread block per `kernel.rows` keys of a key head."""
+def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_ref=None) -> tuple[Array, Array]:
+  """dk, dv [B, Lk, Hk, D]: a thread block per `kernel.rows` keys of a key head.
+
+  With dq_ref, float32[S · B, Lq, H, D] of zeros, it leaves dq / scale there, in S parts to be summed.
+  """
   B, _, Hk, D = k.shape
   G = q.shape[2] // Hk
   T = bounds.shape[1]
-  chunks, parts, step = kernel.chunks, kernel.parts, kernel.step
+  chunks, parts, step, consumers = kernel.chunks, kernel.parts, kernel.step, kernel.consumers
   per_entry = G * kernel.steps
   shape = _ROWS, step
+  fused = dq_ref is not None
+  reduces = fused and dq_ref.shape[0] == B
 
   def body(
-    q_g, k_g, v_g, do_g, rows_g, bounds_g, code_g, count_g, entry_g, order_g, dk_g, dv_g,
-    k_s, v_s, q_s, do_s, rows_s, bounds_s, left_s, own, q_full, do_full, q_free, do_free, done,
+    q_g, k_g, v_g, do_g, rows_g, bounds_g, code_g, line_g, count_g, entry_g, *rest,
+    k_s, v_s, q_s, do_s, rows_s, bounds_s, left_s, own, ring, done, ds_full, ds_free, dq_s,
   ):  # fmt: skip
+    *dq_g, dk_g, dv_g = rest
+    q_full, do_full, q_free, do_free = ring
     b, hk, wg = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("wg")
-    m, line, first = _place(kernel, lines, order_g, b)
-    partial = count_g[m, line, 0] * per_entry
-    total = partial + count_g[m, line, 1] * per_entry
+    m, row, first = _place(kernel, lines, line_g, b)
+    partial = count_g[m, row, 0] * per_entry
+    total = partial + count_g[m, row, 1] * per_entry
 
-    @pl.when(wg < kernel.consumers)
+    def source(i):
+      """(entry, query head, queries) of a step."""
+      at, rest = lax.div(i, jnp.int32(per_entry)), lax.rem(i, jnp.int32(per_entry))
+      h = hk * G + lax.div(rest, jnp.int32(kernel.steps))
+      first = column(entry_g[m, row, at]) * kernel.edge + lax.rem(rest, jnp.int32(kernel.steps)) * step
+      return at, h, pl.ds(first, step)
+
+    def add_dq(i, slot):
+      """dq of a step, from the dS of all warpgroups, by one of them: they take turns."""
+      plgpu.barrier_wait(ds_full.at[slot])
+
+      def product(acc):
+        for part in range(parts):
+          plgpu.wgmma(acc, left_s.at[slot, part].transpose((1, 0)), k_s.at[part, 0])
+        return _loaded(acc, 0)
+
+      dq = pl.run_scoped(product, plgpu.ACC((step, kernel.width), jnp.float32))
+      plgpu.barrier_arrive(ds_free.at[slot])
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      dq_s[wg] = dq
+      plgpu.commit_smem()
+      at, h, queries = source(i)
+      to = b if reduces else (lax.axis_index("n") * lines.entry.shape[2] + at) * B + b
+      plgpu.copy_smem_to_gmem(
+        dq_s.at[wg], dq_g[0].at[to, queries, h], reduction_op="add" if reduces else None
+      )
+
+    @pl.when(wg < consumers)
     def _():
       _take_registers(kernel)
       part, chunk = (0, wg) if kernel.shared_rows else (wg, 0)  # what this warpgroup owns of dk and dv
@@ -318,12 +362,15 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
         def step_of(masked):
           def do(i, _):
             slot = lax.rem(i, jnp.int32(_STAGES))
+            staged = left_s.at[slot, wg] if fused else left_s.at[wg] if kernel.safe else None
 
             def products(s_acc, dp_acc):
               plgpu.barrier_wait(q_full.at[slot])
               _multiply(s_acc, k_s.at[part], q_s.at[slot], chunks)
               plgpu.barrier_wait(do_full.at[slot])
               _multiply(dp_acc, v_s.at[part], do_s.at[slot], chunks)
+              if fused:
+                _wait_for_room(i, ds_free, slot)
               seen = None
               if masked:
                 c = _spread(code, shape, 0)
@@ -331,18 +378,25 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
                 seen = (c >= lo) & (c < hi)
               lse = _spread(plgpu.load(rows_s.at[slot, 0], layout=_COLUMN), shape, 1)
               p, slope = _probabilities(kernel.options, _loaded(s_acc, chunks), lse, seen)
-              plgpu.wgmma(dv_acc, _operand(kernel, p.astype(q_g.dtype), left_s, wg), do_s.at[slot, chunk])
+              left = p.astype(q_g.dtype)
+              plgpu.wgmma(dv_acc, _staged(left, staged) if kernel.safe else left, do_s.at[slot, chunk])
               # In the safe mode dS takes the place of P, which dV must have read by then.
               dp = _loaded(dp_acc, 0 if kernel.safe else 1)
               ds = p * (dp - _spread(plgpu.load(rows_s.at[slot, 1], layout=_COLUMN), shape, 1))
               return ds if slope is None else ds * slope
 
-            ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2)
-            plgpu.wgmma(dk_acc, _operand(kernel, ds.astype(q_g.dtype), left_s, wg), q_s.at[slot, chunk])
+            ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2).astype(q_g.dtype)
+            if fused or kernel.safe:
+              in_shared = _staged(ds, staged)
+            if fused:
+              plgpu.barrier_arrive(ds_full.at[slot])
+            plgpu.wgmma(dk_acc, in_shared if kernel.safe else ds, q_s.at[slot, chunk])
             plgpu.wgmma_wait(1)
             plgpu.barrier_arrive(do_free.at[slot])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(q_free.at[slot])
+            if fused:
+              pl.when(wg == lax.rem(i, jnp.int32(consumers)))(lambda: add_dq(i, slot))
 
           return do
 
@@ -351,7 +405,9 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
         return _loaded(dk_acc, 0), _loaded(dv_acc, 0)
 
       dk, dv = pl.run_scoped(run, *[plgpu.ACC((_ROWS, kernel.width), jnp.float32)] * 2)
-      if kernel.shared_rows:  # the other warpgroup may still read k and v
+      if fused:
+        _drain(total, ds_free)
+      if fused or kernel.shared_rows:  # the other warpgroup may still read k and v
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
       k_s[part, chunk] = (dk * kernel.options.scale).astype(k_g.dtype)
@@ -362,7 +418,7 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
       plgpu.copy_smem_to_gmem(v_s.at[part, chunk], dv_g.at[to])
       plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(wg == kernel.consumers)
+    @pl.when(wg == consumers)
     def _():
       plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
       for part in range(parts):
@@ -373,11 +429,8 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
       @pl.loop(0, total)
       def _(i):
         slot = lax.rem(i, jnp.int32(_STAGES))
-        entry = entry_g[m, line, lax.div(i, jnp.int32(per_entry))]
-        rest = lax.rem(i, jnp.int32(per_entry))
-        h = hk * G + lax.div(rest, jnp.int32(kernel.steps))
-        queries = pl.ds(column(entry) * kernel.edge + lax.rem(rest, jnp.int32(kernel.steps)) * step, step)
-        t = term(entry) if T > 1 else 0
+        at, h, queries = source(i)
+        t = term(entry_g[m, row, at]) if T > 1 else 0
         _wait_for_room(i, q_free, slot)
         _copy(kernel, q_g.at[b, queries, h], q_s.at[slot], q_full.at[slot])
         plgpu.copy_gmem_to_smem(bounds_g.at[m, t, :, queries], bounds_s.at[slot], q_full.at[slot])
@@ -388,33 +441,38 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> t
       _drain(total, q_free, do_free)
 
   tile = functools.partial(kernel.tile, dtype=q.dtype)
+  own_tile, ring_tile = tile((parts, chunks, _ROWS, kernel.width)), tile((_STAGES, chunks, step, kernel.width))
+  scratch = dict(
+    k_s=own_tile,
+    v_s=own_tile,
+    q_s=ring_tile,
+    do_s=ring_tile,
+    rows_s=plgpu.SMEM((_STAGES, 2, step), jnp.float32),
+    bounds_s=plgpu.SMEM((_STAGES, 2, step), jnp.int32),
+    left_s=tile((_STAGES, consumers, *shape)) if fused else tile((consumers, *shape)) if kernel.safe else None,
+    own=plgpu.Barrier(num_arrivals=2 * parts * chunks),
+    ring=_ring_barriers(chunks + 2, chunks, consumers),
+    done=plgpu.Barrier(num_arrivals=consumers) if fused or kernel.shared_rows else None,
+    ds_full=plgpu.Barrier(num_arrivals=consumers, num_barriers=_STAGES) if fused else None,
+    ds_free=plgpu.Barrier(num_barriers=_STAGES) if fused else None,
+    dq_s=kernel.tile((consumers, step, kernel.width), jnp.float32) if fused else None,
+  )
   return plgpu.kernel(
     body,
     out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
-    scratch_types=[
-      tile((parts, chunks, _ROWS, kernel.width)),
-      tile((parts, chunks, _ROWS, kernel.width)),
-      tile((_STAGES, chunks, step, kernel.width)),
-      tile((_STAGES, chunks, step, kernel.width)),
-      plgpu.SMEM((_STAGES, 2, step), jnp.float32),
-      plgpu.SMEM((_STAGES, 2, step), jnp.int32),
-      tile((kernel.consumers, *shape)) if kernel.safe else None,
-      plgpu.Barrier(num_arrivals=2 * parts * chunks),
-      *_ring_barriers(chunks + 2, chunks, kernel.consumers),
-      plgpu.Barrier(num_arrivals=kernel.consumers) if kernel.shared_rows else None,
-    ],
-    grid=(Hk, lines.order.shape[1] * kernel.blocks, B),
+    scratch_types=scratch,
+    grid=(Hk, lines.line.shape[1] * kernel.blocks, B),
     grid_names=("h", "n", "b"),
     **_launch(kernel, "attention_dkv"),
-  )(q, k, v, d_out, rows, bounds, code, lines.count, lines.entry, lines.order)
+  )(q, k, v, d_out, rows, bounds, code, lines.line, lines.count, lines.entry, *([dq_ref] if fused else []))
 
 
-def _place(kernel: _Kernel, lines: Lines, order_g, b):
-  """(row of the mask, line, first output row) of this thread block; long lines start first."""
+def _place(kernel: _Kernel, lines: Lines, line_g, b):
+  """(row of the mask, row of its table, first output row) of this thread block."""
   n = lax.axis_index("n")
-  m = b if lines.order.shape[0] > 1 else 0
-  line = order_g[m, lax.div(n, jnp.int32(kernel.blocks))]
-  return m, line, (line * kernel.blocks + lax.rem(n, jnp.int32(kernel.blocks))) * kernel.rows
+  m = b if lines.line.shape[0] > 1 else 0
+  row, block = lax.div(n, jnp.int32(kernel.blocks)), lax.rem(n, jnp.int32(kernel.blocks))
+  return m, row, (line_g[m, row] * kernel.blocks + block) * kernel.rows
 
 
 def _probabilities(options: Options, s, lse, seen):
@@ -444,13 +502,11 @@ def _loaded(acc, pending: int):
   return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=pending))
 
 
-def _operand(kernel: _Kernel, x, staged_s, wg):
-  """x as the left operand of wgmma: in registers, or staged for this warpgroup."""
-  if not kernel.safe:
-    return x
-  staged_s[wg] = x
+def _staged(x, staged_s):
+  """x in shared memory, ready to be an operand of wgmma."""
+  staged_s[...] = x
   plgpu.commit_smem()
-  return staged_s.at[wg]
+  return staged_s
 
 
 def _spread(x, shape, axis: int):

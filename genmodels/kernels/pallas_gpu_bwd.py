@@ -114,7 +114,15 @@ class _Kernel(NamedTuple):
 
 
 def backward(
-  options: Options, plan: Plan, q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array, d_lse: Array
+  options: Options,
+  plan: Plan,
+  q: Array,
+  k: Array,
+  v: Array,
+  out: Array,
+  lse: Array,
+  d_out: Array,
+  d_lse: Array,
 ) -> tuple[Array, Array, Array]:
   """dq, dk, dv in the dtypes and shapes of q, k, v.
 
@@ -174,7 +182,16 @@ def _dkv_kernel(options: Options, plan: Plan, D: int, safe: bool) -> _Kernel:
   own = _ROWS if shared else consumers * _ROWS
   width = min(D, 128)
   return _Kernel(
-    options, safe, consumers, shared, own, rows // own, queries, math.gcd(queries, _DKV_STEP), width, D // width
+    options,
+    safe,
+    consumers,
+    shared,
+    own,
+    rows // own,
+    queries,
+    math.gcd(queries, _DKV_STEP),
+    width,
+    D // width,
   )
 
 
@@ -298,7 +315,9 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
   )(q, k, v, d_out, rows, bounds, code, lines.line, lines.count, lines.entry)
 
 
-def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_ref=None) -> tuple[Array, Array]:
+def _dkv(
+  kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_ref=None
+) -> tuple[Array, Array]:
   """dk, dv [B, Lk, Hk, D]: a thread block per `kernel.rows` keys of a key head.
 
   With dq_ref, float32[S · B, Lq, H, D] of zeros, it leaves dq / scale there, in S parts to be summed.
@@ -374,7 +393,9 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_r
               seen = None
               if masked:
                 c = _spread(code, shape, 0)
-                lo, hi = (_spread(plgpu.load(bounds_s.at[slot, x], layout=_COLUMN), shape, 1) for x in range(2))
+                lo, hi = (
+                  _spread(plgpu.load(bounds_s.at[slot, x], layout=_COLUMN), shape, 1) for x in range(2)
+                )
                 seen = (c >= lo) & (c < hi)
               lse = _spread(plgpu.load(rows_s.at[slot, 0], layout=_COLUMN), shape, 1)
               p, slope = _probabilities(kernel.options, _loaded(s_acc, chunks), lse, seen)
@@ -441,7 +462,10 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_r
       _drain(total, q_free, do_free)
 
   tile = functools.partial(kernel.tile, dtype=q.dtype)
-  own_tile, ring_tile = tile((parts, chunks, _ROWS, kernel.width)), tile((_STAGES, chunks, step, kernel.width))
+  own_tile, ring_tile = (
+    tile((parts, chunks, _ROWS, kernel.width)),
+    tile((_STAGES, chunks, step, kernel.width)),
+  )
   scratch = dict(
     k_s=own_tile,
     v_s=own_tile,
@@ -449,7 +473,11 @@ def _dkv(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code, dq_r
     do_s=ring_tile,
     rows_s=plgpu.SMEM((_STAGES, 2, step), jnp.float32),
     bounds_s=plgpu.SMEM((_STAGES, 2, step), jnp.int32),
-    left_s=tile((_STAGES, consumers, *shape)) if fused else tile((consumers, *shape)) if kernel.safe else None,
+    left_s=tile((_STAGES, consumers, *shape))
+    if fused
+    else tile((consumers, *shape))
+    if kernel.safe
+    else None,
     own=plgpu.Barrier(num_arrivals=2 * parts * chunks),
     ring=_ring_barriers(chunks + 2, chunks, consumers),
     done=plgpu.Barrier(num_arrivals=consumers) if fused or kernel.shared_rows else None,

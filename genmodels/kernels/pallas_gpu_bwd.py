@@ -20,16 +20,16 @@ How P and dS become operands of the next product:
     wgmma with a register operand (before CUDA 13.3), and because the interpreter has no such wgmma.
 Nothing else differs; the accumulators of dq, dk, dv stay in wgmma registers over the whole line in both.
 
-Budgets, for 2 consumers at 232 registers a thread (the producer gives up all but 40) and 227 KiB of shared
-memory. f32 accumulators cost columns / 2 registers a thread, bf16 operands columns / 4; "transient" is S and dP.
+Budgets, for 2 consumers at 232 registers a thread (the producer keeps 40) and 227 KiB of shared memory. An f32
+accumulator costs half its columns in registers of a thread, a 16-bit operand a quarter; S and dP are transient.
 
-             step   accumulators     transient   P, dS   sum + vectors   shared memory, 2 stages
-  dq   D 64  128    dq 32            64 + 64     32      192             q, dO 32 + k, v 64          =  96 KiB
-       D 128  64    dq 64            32 + 32     16      144             q, dO 64 + k, v 64          = 128
-       D 256  32    dq 128           16 + 16      8      168             q, dO 128 + k, v 64         = 192
-  dkv  D 64   64    dk 32, dv 32     32 + 32     16 + 16 160             k, v 32 + q, dO 32          =  64
-       D 128  64    dk 64, dv 64     32 + 32     16 + 16 224             k, v 64 + q, dO 64          = 128
-       D 256  64    dk 64, dv 64     32 + 32     16 + 16 224             k, v 64 + q, dO 128         = 192
+             step   accumulators     S + dP      P, dS     sum   shared memory with 2 stages, KiB
+  dq   D 64  128    dq 32            64 + 64     32        192   q, dO 32 + k, v 64           =  96
+       D 128  64    dq 64            32 + 32     16        144   q, dO 64 + k, v 64           = 128
+       D 256  32    dq 128           16 + 16      8        168   q, dO 128 + k, v 64          = 192
+  dkv  D 64   64    dk 32, dv 32     32 + 32     16 + 16   160   k, v 32 + q, dO 32           =  64
+       D 128  64    dk 64, dv 64     32 + 32     16 + 16   224   k, v 64 + q, dO 64           = 128
+       D 256  64    dk 64, dv 64     32 + 32     16 + 16   224   k, v 64 + q, dO 128          = 192
 The safe mode adds at most 32 KiB (dq, D 64). At D 256 the accumulators of 64 keys would not fit one warpgroup:
 both consumers of dkv take the same 64 keys, compute the same S and dP, and keep half of the columns of dk and
 dv each. The widths of a step are chosen from this table; none has been timed.
@@ -62,8 +62,9 @@ _ROWS = 64  # of a warpgroup: the M of wgmma
 _STAGES = 2
 _DQ_STEP = {64: 128, 128: 64, 256: 32}  # keys of a step of dq, by head size
 _DKV_STEP = 64  # queries of a step of dkv
-_REGISTERS = {1: 240, 2: 232}  # of a consumer thread, by consumers
-_PRODUCER_REGISTERS = 40
+# Of a thread, with two consumers: 2 · 240 + 24 = 3 · 168, all that a launch of three warpgroups gets. With one
+# consumer everyone has enough.
+_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 
 _TILE = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
@@ -130,7 +131,7 @@ def backward(
     options: Options of the forward call.
     plan: Plan of the mask.
     q: [B, Lq, H, D], k, v: [B, Lk, Hk, D], bfloat16 or float16, D 64, 128 or 256.
-    out: [B, Lq, H, D], lse: float32[B, H, Lq] (natural log, −inf for a query that sees no key), of the forward.
+    out: [B, Lq, H, D], lse: float32[B, H, Lq], of the forward: natural log, −inf for a query without a key.
     d_out: [B, Lq, H, D], d_lse: float32[B, H, Lq], their cotangents.
 
   Raises:
@@ -213,7 +214,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
 
     @pl.when(wg < kernel.consumers)
     def _():
-      _take_registers(kernel)
+      _set_registers(kernel, _REGISTERS)
       plgpu.barrier_wait(own)
       lse = plgpu.load(rows_s.at[0, pl.ds(wg * _ROWS, _ROWS)], layout=_ROW)
       delta = plgpu.load(rows_s.at[1, pl.ds(wg * _ROWS, _ROWS)], layout=_ROW)
@@ -270,7 +271,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
 
     @pl.when(wg == kernel.consumers)
     def _():
-      plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+      _set_registers(kernel, _PRODUCER_REGISTERS)
       for part in range(parts):
         at = pl.ds(first + part * _ROWS, _ROWS)
         _copy(kernel, q_g.at[b, at, h], q_s.at[part], own)
@@ -371,7 +372,7 @@ def _dkv(
 
     @pl.when(wg < consumers)
     def _():
-      _take_registers(kernel)
+      _set_registers(kernel, _REGISTERS)
       part, chunk = (0, wg) if kernel.shared_rows else (wg, 0)  # what this warpgroup owns of dk and dv
       keys = pl.ds(first + part * _ROWS, _ROWS)
       code = plgpu.load(code_g.at[m, keys], layout=_ROW, optimized=False)
@@ -441,7 +442,7 @@ def _dkv(
 
     @pl.when(wg == consumers)
     def _():
-      plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+      _set_registers(kernel, _PRODUCER_REGISTERS)
       for part in range(parts):
         keys = pl.ds(first + part * _ROWS, _ROWS)
         _copy(kernel, k_g.at[b, keys, hk], k_s.at[part], own)
@@ -551,8 +552,9 @@ def _copy(kernel: _Kernel, source, to, barrier):
     plgpu.copy_gmem_to_smem(source.at[:, _columns(kernel, c)], to.at[c], barrier)
 
 
-def _take_registers(kernel: _Kernel):
-  plgpu.set_max_registers(_REGISTERS[kernel.consumers], action="increase")
+def _set_registers(kernel: _Kernel, count: int):
+  if kernel.consumers == 2:
+    plgpu.set_max_registers(count, action="increase" if count == _REGISTERS else "decrease")
 
 
 def _wait_for_room(i, free, slot):

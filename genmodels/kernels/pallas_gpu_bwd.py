@@ -136,7 +136,7 @@ def backward(
   Args:
     options: Options of the forward call.
     plan: Plan of the mask.
-    q: [B, Lq, H, D], k, v: [B, Lk, Hk, D], bfloat16 or float16, D 64, 128 or 256.
+    q: [B, Lq, H, D], k, v: [B, Lk, Hk, D], bfloat16 or float16; D 64, 128 or 256, lengths multiples of 8.
     out: [B, Lq, H, D], lse: float32[B, H, Lq], of the forward: natural log, −inf for a query without a key.
     d_out: [B, Lq, H, D], d_lse: float32[B, H, Lq], their cotangents.
 

@@ -94,10 +94,15 @@ def _dense(scale, soft_cap, seen, q, k, v):
   return dense_attention(q, k, v, seen, scale, soft_cap)
 
 
+def _ran(program, *args):
+  """The interpreter's threads use jax themselves: nothing else may run until they are done."""
+  return jax.block_until_ready(program(*jax.block_until_ready(args)))
+
+
 def _run(mask, scale=0.2, soft_cap=None, tiles=None, **more):
   """((out, lse) of the kernel, those of dense attention)."""
   q, k, v, *_ = _tensors(mask, **more)
-  got = _program(tiles, _interpreted(), scale, soft_cap)(mask, q, k, v)
+  got = _ran(_program(tiles, _interpreted(), scale, soft_cap), mask, q, k, v)
   seen = jnp.broadcast_to(mask.to_dense(), (q.shape[0], q.shape[1], k.shape[1]))
   assert got[0].dtype == q.dtype and got[1].dtype == jnp.float32
   return got, _dense(scale, soft_cap, seen, q, k, v)
@@ -117,7 +122,7 @@ def test_output_and_gradients_are_dense_attentions(raceless):
   # cotangents of output and LSE.
   mask = MASKS["bd3"]()
   tensors = _tensors(mask)
-  got = _program(None, _interpreted(), None, 3.0, gradients=True)(mask, *tensors)
+  got = _ran(_program(None, _interpreted(), None, 3.0, gradients=True), mask, *tensors)
   f32 = [x.astype(jnp.float32) for x in tensors]
   want = _pulled(lambda q, k, v: dense_attention(q, k, v, mask.to_dense(), 64**-0.5, 3.0), *f32)
   assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32] + [jnp.bfloat16] * 3
@@ -191,7 +196,7 @@ def test_races_are_seen(monkeypatch, capfd):
   run = _program(lists.Tiles(stages=2), _interpreted(), 0.21, None)
   said = ""
   try:
-    jax.block_until_ready(run(mask.replace(code=code), q, k, v))
+    _ran(run, mask.replace(code=code), q, k, v)
   except jax.errors.JaxRuntimeError as e:  # jax 0.12 raises, 0.11 prints
     said = str(e)
   assert "RACE" in said + capfd.readouterr().out

@@ -128,7 +128,9 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
           if masked:
             c = _spread(plgpu.load(code_s.at[slot], layout=_COLUMN), s.shape, 1)
             lo, hi = (plgpu.load(bounds_s.at[wg, x, t], layout=_ROW) for x in range(2))
-            seen = (c >= _spread(lo, s.shape, 0)) & (c < _spread(hi, s.shape, 0))
+            # lo <= c < hi in one comparison: below lo the difference wraps to the largest numbers.
+            width = jnp.maximum(hi - lo, 0).astype(jnp.uint32)
+            seen = (c - _spread(lo, s.shape, 0)).astype(jnp.uint32) < _spread(width, s.shape, 0)
             s = jnp.where(seen, s, _MASKED / unit)
             plgpu.commit_smem()  # the codes are read before TMA writes the next ones
           plgpu.barrier_arrive(k_free.at[slot])

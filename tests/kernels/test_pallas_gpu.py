@@ -154,6 +154,7 @@ VARIANTS = {
   "narrow_heads_of_two_sizes": dict(D=40, Dv=72),
   "negative_scale": dict(scale=-0.2),
   "soft_cap": dict(soft_cap=3.0),
+  "blocks_that_take_many_items": dict(H=4, h=2, tiles=lists.Tiles(blocks=3)),
   "wide_entries": dict(tiles=lists.Tiles(k=256)),
   "narrow_entries_and_a_short_ring": dict(tiles=lists.Tiles(k=64, stages=2)),
 }

@@ -204,14 +204,14 @@ def test_races_are_seen(monkeypatch, capfd):
   mask = builders.full(_doc(384)[None])
   options = lists.Options(0.2, None, True)
   q, k, v, d_out, d_lse = _tensors(mask, 1, 1, 64, jnp.bfloat16)
+  said = ""
   try:
     jax.block_until_ready(
       _program(options, _interpreted(), "patched")(lists.plan(mask), q, k, v, q, d_lse, d_out, d_lse)
     )
-  except Exception as e:  # or an arrival nobody awaited
-    assert "arriv" in str(e).lower(), e
-  else:
-    assert "RACE" in capfd.readouterr().out
+  except jax.errors.JaxRuntimeError as e:  # jax 0.12 stops at the first race
+    said = str(e)
+  assert "RACE" in said + capfd.readouterr().out
 
 
 def _lowered(D, *, safe=False, deterministic=True, soft_cap=None, dtype=jnp.bfloat16, tiles=lists.Tiles(), terms=2,

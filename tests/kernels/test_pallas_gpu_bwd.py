@@ -254,6 +254,29 @@ def test_every_variant_lowers_for_cuda(D, safe, deterministic):
     assert _lowered(D, safe=safe, deterministic=deterministic, **more)
 
 
+@pytest.mark.slow
+def test_lowers_in_a_scanned_rematerialised_layer():
+  # dq is added to an array that lives inside the backward of one layer.
+  mask, S = builders.causal(_docs(2 * N)), jax.ShapeDtypeStruct
+  keep = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+
+  def loss(weights, x):
+    plan = kernels.plan(mask, implementation="pallas_gpu")
+
+    def layer(x, w):
+      y = x @ w
+      return x + kernels.attention(y, y, y, plan, implementation="pallas_gpu"), None
+
+    return jax.lax.scan(jax.checkpoint(layer, policy=keep), x, weights)[0].astype(jnp.float32).sum()
+
+  with kernels.building_for(kernels.Target("gpu", "NVIDIA H200")):
+    traced = jax.jit(jax.grad(loss)).trace(S((3, 64, 64), jnp.bfloat16), S((2, 2 * N, 2, 64), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu_v2") == 2, (
+    "a forward and a fused backward; saved names spare the second forward"
+  )
+
+
 @pytest.mark.compat
 def test_lowering_sees_too_much_shared_memory(monkeypatch):
   monkeypatch.setattr(bwd, "_STAGES", 4)

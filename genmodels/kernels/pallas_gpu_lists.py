@@ -7,8 +7,8 @@ that is exact, because intervals are disjoint. Thread blocks start in the order 
 of a table are sorted by length: long lines start first and the short ones fill the gaps at the end.
 
 Legend: B rows of the mask · T intervals · I query tiles · J key tiles · N lines (I, or J in the transposed
-lists) · C capacity of a line (T times the tiles of the other side, the worst case) · Lq', Lk' lengths padded
-to every tile size.
+lists) · C capacity of a line: T times the tiles of the other side, the worst case (with 128 × 128 tiles and
+T = 2, 2 MB a row of 64k tokens, 134 MB of 512k) · Lq', Lk' lengths padded to every tile size.
 """
 
 from __future__ import annotations

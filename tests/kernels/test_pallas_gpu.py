@@ -136,6 +136,31 @@ def test_output_and_gradients_are_dense_attentions(raceless):
 
 @needs_interpreter
 @pytest.mark.slow
+def test_gradients_of_key_segments_add_up(raceless):
+  """A ring's backward pass: with the final output and LSE each segment of keys gives its share."""
+  mask = MASKS["packed_causal"]()
+  q, k, v, d_out, d_lse = _tensors(mask)
+  f32 = [x.astype(jnp.float32) for x in (q, k, v)]
+  attend = lambda q, k, v: dense_attention(q, k, v, mask.to_dense(), 0.2, None)
+  want = _pulled(attend, *f32, d_out.astype(jnp.float32), d_lse)
+  out, lse = want[0].astype(q.dtype), want[1]
+
+  @jax.jit
+  def part(code, k, v):
+    with kernels.building_for(_interpreted()):
+      plan = kernels.plan(AttnMask(code, mask.lo, mask.hi), implementation="pallas_gpu")
+      options = dict(scale=0.2, implementation="pallas_gpu", deterministic=True)
+      return kernels.gradients(q, k, v, plan, out, lse, d_out, d_lse, **options)
+
+  parts = [_ran(part, mask.code[:, s], k[:, s], v[:, s]) for s in (slice(0, N), slice(N, None))]
+  dq = sum(p[0].astype(jnp.float32) for p in parts)
+  dk, dv = (jnp.concatenate([p[i] for p in parts], 1) for i in (1, 2))
+  _assert_close((*want[:2], dq, dk, dv), want, 8e-3)
+  assert np.abs(np.asarray(parts[0][0], np.float32)).max() > 1e-2  # each has one
+
+
+@needs_interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _cases(MASKS, ("three_streams", "long_block", "holes")))
 def test_masks(name, raceless):
   mask = MASKS[name]()

@@ -20,6 +20,12 @@ SIDES = {
     dtypes={"wide": jnp.float32, "narrow": jnp.bfloat16},
     tiles={"square": (64, 64, 1), "oblong": (32, 64, 2)},
   ),
+  "pallas_tpu": table.Side(
+    lengths={"aligned": (256, 128), "ragged": (232, 104)},
+    dtypes={"wide": jnp.float32, "narrow": jnp.bfloat16},
+    tiles={"square": (128, 128), "oblong": (64, 256, 128)},
+    target=kernels.Target("tpu", "TPU v5p", interpret=True),
+  ),
 }
 
 # Shorter rows: the product has 432 programs of 26 rows.
@@ -28,6 +34,11 @@ PRODUCT = {
     SIDES["xla"],
     lengths={"aligned": (96, 32), "ragged": (88, 40)},
     tiles={"square": (32, 32, 1), "oblong": (16, 32, 2)},
+  ),
+  "pallas_tpu": dataclasses.replace(
+    SIDES["pallas_tpu"],
+    lengths={"aligned": (64, 32), "ragged": (88, 40)},
+    tiles={"square": (32, 32), "oblong": (16, 64, 32)},
   ),
 }
 
@@ -126,7 +137,7 @@ def _ids(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", table.programs(), ids=_ids)
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_table(implementation, program):
   failed = _run(implementation, program, _runs(table.cases(), program))
   assert not failed, "\n".join(failed)
@@ -134,7 +145,7 @@ def test_table(implementation, program):
 
 @pytest.mark.full
 @pytest.mark.parametrize("program", pairwise.product(table.PROGRAM), ids=_ids)
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_product(implementation, program):
   """Every mask with every value of every factor: all 25 masks are rows of one batch.
 

@@ -449,7 +449,7 @@ def main(argv=None) -> int:
     from benchmarks import attention_tpu
 
     print("No GPU here: the TPU kernels, compiled ahead of time. No TPU was run.")
-    return attention_tpu.main([])
+    return attention_tpu.main([*["--quick"] * args.quick, *(["--out", args.out] if args.out else [])])
   if device == "cpu":
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch has its half of the memory

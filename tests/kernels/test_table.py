@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,11 @@ SIDES = {
     target=kernels.Target("tpu", "TPU v5p", interpret=True),
   ),
 }
+HOPPER = table.Side(  # the interpreter takes a second for a few tiles
+  lengths={"aligned": (128, 64), "ragged": (200, 72)},
+  dtypes={"wide": jnp.bfloat16, "narrow": jnp.float16},
+  tiles={"square": (128, 128), "oblong": (128, 64)},
+)
 
 # Shorter rows: the product has 432 programs of 26 rows.
 PRODUCT = {
@@ -160,3 +166,29 @@ def test_product(implementation, program):
   if log:
     with open(log, "a") as f:
       f.write(line + "\n")
+
+
+def _hopper():
+  """The interpreter of Mosaic GPU kernels; its own tests look for races."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if not hasattr(plgpu, "InterpretGPUParams"):
+    pytest.skip(f"jax {jax.__version__}: Mosaic GPU kernels need jax >= 0.11; `make test-compat` runs them")
+  target = kernels.Target("gpu", "NVIDIA H200", interpret=plgpu.InterpretGPUParams())
+  return dataclasses.replace(HOPPER, target=target)
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+@pytest.mark.parametrize("program", table.programs(), ids=_ids)
+def test_short_table_on_hopper(program):
+  failed = _run("pallas_gpu", program, _runs(table.short_cases(), program), _hopper())
+  assert not failed, "\n".join(failed)
+
+
+@pytest.mark.full
+@pytest.mark.compat
+@pytest.mark.parametrize("program", table.programs(), ids=_ids)
+def test_table_on_hopper(program):
+  failed = _run("pallas_gpu", program, _runs(table.cases(), program), _hopper())
+  assert not failed, "\n".join(failed)

@@ -213,14 +213,19 @@ def test_races_are_seen(monkeypatch, capfd):
     assert "RACE" in capfd.readouterr().out
 
 
-def _lowered(D, *, safe=False, deterministic=True, soft_cap=None, dtype=jnp.bfloat16, tiles=None):
-  mask = MASKS["bd3"]()
-  q, k, v, d_out, d_lse = _tensors(mask, 2, 1, D, dtype)
+def _lowered(D, *, safe=False, deterministic=True, soft_cap=None, dtype=jnp.bfloat16, tiles=lists.Tiles(), terms=2,
+             heads=(4, 2), lengths=(304, 520)):  # fmt: skip
+  """Text for cuda, from shapes alone."""
+  (lq, lk), (H, h), S = lengths, heads, jax.ShapeDtypeStruct
+  mask = AttnMask(S((2, lk), jnp.int32), *[S((2, terms, lq), jnp.int32)] * 2)
+  q, kv, lse = S((2, lq, H, D), dtype), S((2, lk, h, D), dtype), S((2, H, lq), jnp.float32)
   options = lists.Options(0.2, soft_cap, deterministic)
-  tiles = (tiles or lists.Tiles())._replace(safe=safe)
+
+  def run(mask, *tensors):
+    return bwd.backward(options, lists.plan(mask, tiles._replace(safe=safe)), *tensors)
+
   with kernels.building_for(kernels.Target("gpu", "NVIDIA H200")):
-    run = jax.jit(functools.partial(bwd.backward, options, lists.plan(mask, tiles)))
-    traced = run.trace(q, k, v, q, d_lse, d_out, d_lse)
+    traced = jax.jit(run).trace(mask, q, kv, kv, q, lse, q, lse)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -239,7 +244,12 @@ def test_lowers_for_cuda(D, deterministic):
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("D", [64, 128, 256])
 def test_every_variant_lowers_for_cuda(D, safe, deterministic):
-  for more in (dict(soft_cap=3.0, dtype=jnp.float16), dict(tiles=lists.Tiles(dq=(64, 64), dkv=(64, 64)))):
+  for more in (
+    dict(soft_cap=3.0, dtype=jnp.float16),
+    dict(tiles=lists.Tiles(dq=(64, 64), dkv=(64, 64))),
+    dict(tiles=lists.Tiles(dq=(192, 256), dkv=(128, 192)), terms=1),
+    dict(heads=(8, 1), lengths=(8, 4096), terms=4),
+  ):
     assert _lowered(D, safe=safe, deterministic=deterministic, **more)
 
 
@@ -248,6 +258,18 @@ def test_lowering_sees_too_much_shared_memory(monkeypatch):
   monkeypatch.setattr(bwd, "_STAGES", 4)
   with pytest.raises(ValueError, match="shared memory"):
     _lowered(256)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_safe_mode_multiplies_no_register_operand(monkeypatch, safe, deterministic):
+  multiply, left = plgpu.wgmma, []
+  monkeypatch.setattr(plgpu, "wgmma", lambda acc, a, b: (left.append(a), multiply(acc, a, b)))
+  _lowered(64, safe=safe, deterministic=deterministic, soft_cap=7.0)
+  registers = 2 * (
+    3 if deterministic else 2
+  )  # dS of dq, P and dS of dkv, in a loop with a mask and in one without
+  assert sum(isinstance(a, jax.Array) for a in left) == (0 if safe else registers)
 
 
 def test_other_heads_and_dtypes_are_refused():

@@ -36,7 +36,7 @@ f32 accumulator costs half its columns in registers of a thread, a 16-bit operan
        D 128  64    dk 64, dv 64   32 + 32   16 + 16   224   k, v 64 + q, dO 64 [+ dS, dq 96] = 128 [224]
        D 256  64    dk 64, dv 64   32 + 32   16 + 16   224   k, v 64 + q, dO 128              = 192
 In brackets what the fused kernel adds; the safe mode of the pair adds 8 to 32 KiB. ptxas (CUDA 13.5) keeps
-dq and the D 64 kernels free of spills; dkv spills 88 bytes a thread at D 128 (fused 300), 284 at D 256. There
+dq and the D 64 kernels free of spills; dkv spills 8 bytes a thread at D 128 (fused 116), 164 at D 256. There
 the accumulators of 64 keys do not fit one warpgroup: both consumers take the same 64 keys, compute the same
 S and dP, and keep half of the columns of dk and dv each. Nothing here has been timed.
 
@@ -244,12 +244,12 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
               if masked:
                 c = _spread(plgpu.load(code_s.at[slot], layout=_COLUMN), (_ROWS, step), 1)
                 seen = (c >= _spread(lo, c.shape, 0)) & (c < _spread(hi, c.shape, 0))
-              p, slope = _probabilities(
+              _, weight = _probabilities(
                 kernel.options, _loaded(s_acc, chunks), _spread(lse, (_ROWS, step), 0), seen
               )
-              ds = p * (_loaded(dp_acc, 0) - _spread(delta, p.shape, 0))
+              ds = weight * (_loaded(dp_acc, 0) - _spread(delta, weight.shape, 0))
               plgpu.barrier_arrive(v_free.at[slot])
-              return ds if slope is None else ds * slope
+              return ds
 
             ds = pl.run_scoped(scores, *[plgpu.ACC((_ROWS, step), jnp.float32)] * 2)
             ds = ds.astype(q_g.dtype)
@@ -399,6 +399,7 @@ def _dkv(
               _multiply(dp_acc, v_s.at[part], do_s.at[slot], chunks)
               if fused:
                 _wait_for_room(i, ds_free, slot)
+              s = _loaded(s_acc, chunks)  # first: comparisons made before it would wait in registers
               seen = None
               if masked:
                 c = _spread(code, shape, 0)
@@ -407,13 +408,12 @@ def _dkv(
                 )
                 seen = (c >= lo) & (c < hi)
               lse = _spread(plgpu.load(rows_s.at[slot, 0], layout=_COLUMN), shape, 1)
-              p, slope = _probabilities(kernel.options, _loaded(s_acc, chunks), lse, seen)
+              p, weight = _probabilities(kernel.options, s, lse, seen)
               left = p.astype(q_g.dtype)
               plgpu.wgmma(dv_acc, _staged(left, staged) if kernel.safe else left, do_s.at[slot, chunk])
               # In the safe mode dS takes the place of P, which dV must have read by then.
               dp = _loaded(dp_acc, 0 if kernel.safe else 1)
-              ds = p * (dp - _spread(plgpu.load(rows_s.at[slot, 1], layout=_COLUMN), shape, 1))
-              return ds if slope is None else ds * slope
+              return weight * (dp - _spread(plgpu.load(rows_s.at[slot, 1], layout=_COLUMN), shape, 1))
 
             ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2).astype(q_g.dtype)
             if fused or kernel.safe:
@@ -515,16 +515,16 @@ def _place(kernel: _Kernel, lines: Lines, line_g, b):
 
 
 def _probabilities(options: Options, s, lse, seen):
-  """P float32 of raw products s, and the slope of the soft-cap (None without one). lse: base 2."""
-  slope = None
+  """P float32 of raw products s, and P times the slope of the soft-cap. lse: base 2."""
   if options.soft_cap is None:
     z = s * (options.scale * _LOG2E)
   else:
     ratio = jnp.tanh(s * (options.scale / options.soft_cap))
-    z, slope = ratio * (options.soft_cap * _LOG2E), 1.0 - ratio * ratio
+    z = ratio * (options.soft_cap * _LOG2E)
   if seen is not None:
     z = jnp.where(seen, z, _MASKED)
-  return jnp.exp2(z - lse), slope
+  p = jnp.exp2(z - lse)
+  return p, p if options.soft_cap is None else p * (1.0 - ratio * ratio)
 
 
 def _multiply(acc, a, b, chunks: int):

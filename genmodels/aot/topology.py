@@ -63,7 +63,7 @@ class Chip:
 
   @property
   def clock(self) -> float:
-    """Cycles per second: the peak rate over the work of a cycle (1.50, 1.75, 1.75, 2.20 GHz in CHIPS' order)."""
+    """Cycles per second, from the peak rate and the work of a cycle: 1.50, 1.75, 1.75, 2.20 GHz."""
     return self.flops / (2 * self.macs_per_cycle)
 
 

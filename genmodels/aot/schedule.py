@@ -105,10 +105,14 @@ class Compiled:
   kernels: tuple[Kernel, ...]
 
   def kernel(self, name: str) -> Kernel:
-    """The only Pallas call of that name. KeyError: not one such; ValueError: it did not compile."""
+    """The only Pallas call of that name; under autodiff a name is wrapped: "jvp_name_".
+
+    Raises:
+      KeyError: not one such. ValueError: the job did not compile.
+    """
     if self.error is not None:
       raise ValueError(f"{self.job} did not compile: {self.error}")
-    found = [k for k in self.kernels if k.name == name]
+    found = [k for k in self.kernels if re.fullmatch(rf"(\w+_)?{re.escape(name)}_*", k.name)]
     if len(found) != 1:
       raise KeyError(f"one kernel {name!r} among {[k.name for k in self.kernels]}")
     return found[0]

@@ -91,25 +91,18 @@ class Entries:
 
 def entries(lists, rows: int) -> Entries:
   """Counts the entries of a plan's lists of one kernel over `rows` rows of the batch that they serve."""
-  total = np.zeros(4, int)
+  total = np.zeros(5, int)
   parts = np.zeros(lists[0].layout.parts, int)
   for one in lists:
     entry = one.entry[0, : int(one.count[0])]
     seen = np.asarray(one.layout.parts_of(entry))
     full, every = np.asarray(one.layout.is_full(entry)), seen == 2 ** len(parts) - 1
     alone = seen[~every & (seen > 0)]
-    total += [
-      full.sum(),
-      (every & ~full).sum(),
-      (seen > 0).sum(),
-      np.asarray(one.layout.is_last(entry)).sum(),
-    ]
-    total_empty = int((seen == 0).sum())
+    last = np.asarray(one.layout.is_last(entry))
+    total += [x.sum() for x in (full, every & ~full, seen > 0, last, seen == 0)]
     parts += [int(((alone >> c) & 1).sum()) for c in range(len(parts))]
-  full, partial, some, lines = (int(x) * rows for x in total)
-  return Entries(
-    full, partial, tuple(int(p) * rows for p in parts), some - full - partial, lines, total_empty * rows
-  )
+  full, partial, some, lines, empty = (int(x) * rows for x in total)
+  return Entries(full, partial, tuple(int(p) * rows for p in parts), some - full - partial, lines, empty)
 
 
 @dataclasses.dataclass(frozen=True)

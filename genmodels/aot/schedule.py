@@ -182,7 +182,7 @@ def _child(jobs: Sequence[Job], share: list[int]):
       # The final passes only: 5 to 20 MB instead of 100 to 500.
       "--xla_jf_dump_llo_pass_label_regex=.*final.*"
     )
-    env = {**topology.environment(), **os.environ, "JAX_PLATFORMS": "cpu"}
+    env = {**topology.environment("cpu"), **os.environ, "JAX_PLATFORMS": "cpu"}
     env["LIBTPU_INIT_ARGS"] = f"{env.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     with tempfile.TemporaryFile("w+") as errors:

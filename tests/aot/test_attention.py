@@ -21,7 +21,7 @@ SWEEP_IDS = [f"{c.chip}-{c.fwd[0]}x{c.fwd[1]}-D{c.head_dim}" for c in SWEEP]
 # A list as long as scalar memory holds: 342 x 342 tiles, two intervals. Small tiles compile fast.
 MOST = bundles.Case("v5e", (512, 512), (512, 512), length=512 * 342)
 # Controls: more vector work in each body; a quadratic array.
-CAPPED = bundles.Case("v5e", *bundles.SMALL, arguments=(("soft_cap", 30.0),))
+CAPPED = bundles.Case("v6e", *bundles.SMALL, arguments=(("soft_cap", 30.0),))
 
 
 def dense(length: int):
@@ -31,7 +31,7 @@ def dense(length: int):
   return lambda q, m: kernels.attention(q, q, q, m, implementation="reference"), (q, mask)
 
 
-DENSE = schedule.Job("v5e:2x2", f"{__name__}:dense", {"length": 4096})
+DENSE = schedule.Job("v5e:2x2", f"{__name__}:dense", {"length": 16384})
 CONTROLS = {"most": MOST.job, "capped": CAPPED.job, "dense": DENSE}
 
 

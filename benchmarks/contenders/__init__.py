@@ -1,1 +1,1 @@
-"""What `benchmarks/attention.py` compares, and how: cases, worker processes, the contenders of JAX and PyTorch."""
+"""What `benchmarks/attention.py` compares: cases, worker processes, the contenders of JAX and PyTorch."""

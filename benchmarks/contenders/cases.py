@@ -3,7 +3,8 @@
 The definition is a predicate on index arrays that NumPy, JAX and PyTorch evaluate alike: FlexAttention's
 mask_mod, dense masks and the reference all come from it, our encoding does not.
 
-Legend: B rows · N clean tokens of a row · S slots of a row (what attention sees) · H query heads · Hk key heads.
+Legend: B rows · N clean tokens of a row · S slots of a row
+· H query heads · Hk key heads.
 """
 
 from __future__ import annotations
@@ -114,11 +115,14 @@ class Case:
     seen = own | context | ((si == self.copies) & (sj == self.copies) & among)
     return seen & same if self.documents else seen
 
-  def encode(self):
-    """AttnMask with `mask_rows` rows; traceable."""
+  def doc(self) -> np.ndarray:
+    """int32[mask rows, N], which document each token is of."""
+    return self.tables()["doc"] if self.documents else np.zeros((1, self.tokens), np.int32)
+
+  def encode(self, doc):
+    """AttnMask with `mask_rows` rows; traceable in `doc`, which a training step gets with its batch."""
     from genmodels.masks import builders
 
-    doc = self.tables()["doc"] if self.documents else np.zeros((1, self.tokens), np.int32)
     return {
       "causal": lambda: builders.causal(doc),
       "full": lambda: builders.full(doc),

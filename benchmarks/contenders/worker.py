@@ -1,7 +1,7 @@
 """A process that holds one framework's half of the benchmark: inputs, reference, contenders, timing.
 
 The parent asks (`serve`), one request at a time, so only one framework has work on the device. A contender
-that raises loses its own cell; one that takes the process down loses the process, which the parent starts anew.
+that raises loses its own cell; for one that takes the process down the parent starts another.
 
 Legend: B rows · S slots · H query heads · Hk key heads · G = H / Hk · D head size · c queries of a chunk.
 """
@@ -57,8 +57,7 @@ class Side:
     device: "gpu" or "cpu".
   """
 
-  contenders: tuple[str, ...] = ()
-  xp = None
+  xp = None  # the framework's array functions
 
   def __init__(self, device: str):
     self.device = device
@@ -81,10 +80,14 @@ class Side:
     raise NotImplementedError
 
   def ceilings(self) -> dict:
-    """{"gemm_tflops", "copy_gb_s"}: an 8192³ product of random matrices in bf16, a device copy (read + written)."""
+    """{"gemm_tflops", "copy_gb_s"}: an 8192³ product of random bf16 matrices, a copy (read + write)."""
     raise NotImplementedError
 
   def numpy(self, x):
+    raise NotImplementedError
+
+  def same(self, a, b) -> bool:
+    """Whether two device arrays hold the same bits."""
     raise NotImplementedError
 
   # What the parent asks.
@@ -93,17 +96,18 @@ class Side:
     """Makes the tensors of a case, the same in every framework, and their float32 reference.
 
     Returns:
-      pairs: visible pairs per head, summed over rows. norms: of the reference's results; frameworks must agree.
+      pairs: visible pairs per head, summed over rows.
+      norms: of the reference's results, in which frameworks must agree.
     """
     self.drop()
     self.case = case
-    shapes = [(case.rows, case.slots, h, case.head_dim) for h in (case.heads, case.key_heads, case.key_heads, case.heads)]
     rng = np.random.default_rng(0)
-    first = [rng.standard_normal(s, np.float32) for s in shapes]
+    heads = case.heads, case.key_heads, case.key_heads, case.heads
+    first = [rng.standard_normal((case.rows, case.slots, h, case.head_dim), np.float32) for h in heads]
     # The other sets are the first one rolled along the row: as random, and cheap to make.
     self.inputs = [[self.put(np.roll(x, n * 7, 1)) for x in first] for n in range(SETS)]
     self.reference, pairs = self._reference(case, self.inputs[0])
-    return {"pairs": pairs, "norms": [float(np.linalg.norm(self.numpy(x).astype(np.float32))) for x in self.reference]}
+    return {"pairs": pairs, "norms": [float(np.linalg.norm(x)) for x in self.reference]}
 
   def prepare(self, name: str) -> dict:
     """Builds a contender for the loaded case and checks its numbers.
@@ -119,7 +123,6 @@ class Side:
     got = [self.numpy(x).astype(np.float32) for x in made.results(0)]
     error = {}
     for key, a, b in zip(RESULTS, got, self.reference):
-      b = self.numpy(b)
       distance = float(np.linalg.norm(a - b) / np.linalg.norm(b))
       error[key] = distance if np.isfinite(distance) else float("inf")
     self.prepared[name] = made
@@ -132,14 +135,17 @@ class Side:
       "backward": made.has_backward,
     }
 
+  def ensure(self, name: str) -> None:
+    """Prepares a contender again, after this process was started anew."""
+    if name not in self.prepared:
+      self.prepared[name] = self.make(name, self.case)
+
   def repeats(self, name: str, count: int) -> int:
     """How many of `count` runs over poisoned outputs give other bits than the first."""
     made = self.prepared[name]
-    first = [self.numpy(x).copy() for x in made.results(0)]
-    bits = lambda x: np.ascontiguousarray(x).view(np.uint8)
-    return sum(
-      any((bits(self.numpy(a)) != bits(b)).any() for a, b in zip(made.results(0), first)) for _ in range(count)
-    )
+    first = made.results(0)
+    again = (made.results(0) for _ in range(count))
+    return sum(not all(self.same(a, b) for a, b in zip(x, first)) for x in again)
 
   def time(self, name: str, what: str, calls: int) -> tuple[float, float]:
     """(seconds a call, share of them that the host needed) of back-to-back calls over rotating inputs."""

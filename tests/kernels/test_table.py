@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,18 @@ SIDES = {
     dtypes={"wide": jnp.float32, "narrow": jnp.bfloat16},
     tiles={"square": (64, 64, 1), "oblong": (32, 64, 2)},
   ),
+  "pallas_tpu": table.Side(
+    lengths={"aligned": (256, 128), "ragged": (232, 104)},
+    dtypes={"wide": jnp.float32, "narrow": jnp.bfloat16},
+    tiles={"square": (128, 128), "oblong": (64, 256, 128)},
+    target=kernels.Target("tpu", "TPU v5p", interpret=True),
+  ),
 }
+HOPPER = table.Side(  # the interpreter takes a second for a few tiles
+  lengths={"aligned": (128, 64), "ragged": (200, 72)},
+  dtypes={"wide": jnp.bfloat16, "narrow": jnp.float16},
+  tiles={"square": (128, 128), "oblong": (128, 64)},
+)
 
 # Shorter rows: the product has 432 programs of 26 rows.
 PRODUCT = {
@@ -28,6 +40,11 @@ PRODUCT = {
     SIDES["xla"],
     lengths={"aligned": (96, 32), "ragged": (88, 40)},
     tiles={"square": (32, 32, 1), "oblong": (16, 32, 2)},
+  ),
+  "pallas_tpu": dataclasses.replace(
+    SIDES["pallas_tpu"],
+    lengths={"aligned": (64, 32), "ragged": (88, 40)},
+    tiles={"square": (32, 32), "oblong": (16, 64, 32)},
   ),
 }
 
@@ -126,7 +143,7 @@ def _ids(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", table.programs(), ids=_ids)
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_table(implementation, program):
   failed = _run(implementation, program, _runs(table.cases(), program))
   assert not failed, "\n".join(failed)
@@ -134,7 +151,7 @@ def test_table(implementation, program):
 
 @pytest.mark.full
 @pytest.mark.parametrize("program", pairwise.product(table.PROGRAM), ids=_ids)
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
 def test_product(implementation, program):
   """Every mask with every value of every factor: all 25 masks are rows of one batch.
 
@@ -149,3 +166,29 @@ def test_product(implementation, program):
   if log:
     with open(log, "a") as f:
       f.write(line + "\n")
+
+
+def _hopper():
+  """The interpreter of Mosaic GPU kernels; its own tests look for races."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if not hasattr(plgpu, "InterpretGPUParams"):
+    pytest.skip(f"jax {jax.__version__}: Mosaic GPU kernels need jax >= 0.11; `make test-compat` runs them")
+  target = kernels.Target("gpu", "NVIDIA H200", interpret=plgpu.InterpretGPUParams())
+  return dataclasses.replace(HOPPER, target=target)
+
+
+@pytest.mark.slow
+@pytest.mark.compat
+@pytest.mark.parametrize("program", table.programs(), ids=_ids)
+def test_short_table_on_hopper(program):
+  failed = _run("pallas_gpu", program, _runs(table.short_cases(), program), _hopper())
+  assert not failed, "\n".join(failed)
+
+
+@pytest.mark.full
+@pytest.mark.compat
+@pytest.mark.parametrize("program", table.programs(), ids=_ids)
+def test_table_on_hopper(program):
+  failed = _run("pallas_gpu", program, _runs(table.cases(), program), _hopper())
+  assert not failed, "\n".join(failed)

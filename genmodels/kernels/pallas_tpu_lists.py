@@ -232,9 +232,9 @@ def _fit(edge: int, length: int) -> int:
 def _sizes(given: tuple) -> Sizes:
   q, k, *rest = given
   part = rest[0] if rest and rest[0] else None
-  if part is None:  # about 512 keys a product
-    part = next((k // n for n in range(max(1, k // 512), 5) if k % n == 0 and (k // n) % LANES == 0), k)
-    part = part if part >= 256 else k
+  if part is None:  # as few products of at most 512 keys as divide the tile evenly, but none below 256
+    counts = range(-(-k // 512), k // 256 + 1)
+    part = next((k // n for n in counts if k % (n * LANES) == 0), k)
   if k % part:
     raise ValueError(f"plan: k_compute={part} must divide the tile's {k} keys")
   return Sizes(q, k, part)

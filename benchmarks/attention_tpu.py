@@ -348,27 +348,33 @@ def validation(costs: dict) -> list[dict]:
 # -------------------------------------------------------------------------------------------- tables
 
 
-def table(quick: bool = False, out: str | None = None, workers: int = 2, each: bool = False) -> dict:
+def table(
+  quick: bool = False,
+  out: str | None = None,
+  workers: int = 2,
+  each: bool = False,
+  chips: tuple[str, ...] = (),
+) -> dict:
   """Compiles, predicts, prints, and writes one JSON.
 
   Args:
-    quick: two chips, two masks. out: path of the JSON. each: compile every case in its own shape, not only
-      the largest of those that share tiles.
+    quick: two masks, two chips. out: path of the JSON. chips: these alone. each: compile every case in its
+      own shape, not only the largest of those that share tiles.
 
   Returns:
     What the JSON holds.
   """
   if reason := topology.missing():
     raise SystemExit(f"attention_tpu: {reason}")
-  chips = ("v5e", "v6e") if quick else tuple(TOPOLOGIES)
+  chips = chips or (("v5e", "v6e") if quick else tuple(TOPOLOGIES))
   base = [c for c in (all_cases.quick() if quick else all_cases.full()) if c.heads == c.key_heads]
   works = [work(c, chip) for chip in chips for c in base]
   if not quick:
     halves = [dataclasses.replace(c, head_dim=256, heads=c.heads // 2, key_heads=c.heads // 2) for c in base]
-    works += [work(c, chip) for chip in WIDE for c in halves]
-    works += [
-      work(all_cases.Case("causal-128k", "causal", 1, LENGTHS[-1], 32, 8, d), "tpu7x") for d in (128, 256)
-    ]
+    works += [work(c, chip) for chip in chips if chip in WIDE for c in halves]
+  if "tpu7x" in chips:
+    long = [all_cases.Case("causal-128k", "causal", 1, LENGTHS[-1], 32, 8, d) for d in (128, 256)]
+    works += [work(c, "tpu7x") for c in long]
   groups: dict[tuple, list[Work]] = {}
   for w in works:
     groups.setdefault(group(w), []).append(w)
@@ -516,11 +522,15 @@ def _print_case(r: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--quick", action="store_true", help="two chips, the deciding mask and its anchor")
+  parser.add_argument("--chips", default="", help=f"some of {', '.join(TOPOLOGIES)}, with commas")
   parser.add_argument("--each", action="store_true", help="compile every case in its own shape (an hour)")
   parser.add_argument("--workers", type=int, default=2, help="compiling processes")
   parser.add_argument("--out", help="write everything as JSON")
   given = parser.parse_args(argv)
-  table(given.quick, given.out, given.workers, given.each)
+  chips = tuple(name for name in given.chips.split(",") if name)
+  if unknown := [name for name in chips if name not in TOPOLOGIES]:
+    parser.error(f"no such chip: {', '.join(unknown)}; there are {', '.join(TOPOLOGIES)}")
+  table(given.quick, given.out, given.workers, given.each, chips)
   return 0
 
 

@@ -147,11 +147,12 @@ def compile_all(
   jobs = list(jobs)
   results: dict[int, Compiled] = {}
   failures: list[str] = []
+  processes: list[subprocess.Popen] = []
   lock = threading.Lock()
 
   def work(share: list[int]) -> None:
     try:
-      for at, made in _child(jobs, share):
+      for at, made in _child(jobs, share, processes):
         with lock:
           results[at] = made
           if progress is not None:
@@ -165,14 +166,19 @@ def compile_all(
   ]
   for t in threads:
     t.start()
-  for t in threads:
-    t.join()
+  try:
+    for t in threads:
+      t.join()
+  except BaseException:  # an interrupt: the children would go on
+    for process in processes:
+      process.kill()
+    raise
   if failures:
     raise RuntimeError("; ".join(failures))
   return [results[i] for i in range(len(jobs))]
 
 
-def _child(jobs: Sequence[Job], share: list[int]):
+def _child(jobs: Sequence[Job], share: list[int], processes: list[subprocess.Popen]):
   """(index, Compiled) of the jobs of a share as a process of their own gets them done."""
   from genmodels.aot import topology
 
@@ -190,6 +196,7 @@ def _child(jobs: Sequence[Job], share: list[int]):
         [sys.executable, "-m", "genmodels.aot.schedule", folder],
         env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
       )  # fmt: skip
+      processes.append(process)
       try:
         process.stdin.write(json.dumps([dataclasses.asdict(jobs[i]) for i in share]))
         process.stdin.close()

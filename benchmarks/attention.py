@@ -46,6 +46,7 @@ CONTENDERS = {
   "ours": "jax",
   "ours-deterministic": "jax",
   "ours-safe": "jax",
+  "ours-132-blocks": "jax",
   "ours-xla": "jax",
   "flex": "torch",
   "flex-64": "torch",
@@ -62,7 +63,7 @@ CONTENDERS = {
   "jax-mgpu-fp16": "jax",
   "tokamax": "jax",
 }
-OPTIONAL = ("flex-autotuned",)  # minutes of compilation a case: only when --only or --autotune asks for it
+OPTIONAL = ("flex-autotuned", "ours-132-blocks")  # searches of a setting: when --only or --autotune asks
 FLOPS = {"fwd": 4, "bwd": 10, "both": 14}  # per visible pair and unit of D
 PASSES = 2
 LAYERS = 32  # over which the cost of a mask or plan, built once a step, is spread
@@ -343,7 +344,8 @@ def versions(workers: dict) -> dict:
   """Of everything that makes a number; a framework that does not start says why."""
   out = {"python": platform.python_version(), "commit": _output("git", "rev-parse", "--short", "HEAD")}
   ptxas = shutil.which("ptxas") or "/usr/local/cuda/bin/ptxas"
-  out["ptxas"] = _output(ptxas, "--version").strip().splitlines()[-1:] or None
+  said = _output(ptxas, "--version").splitlines()
+  out["ptxas"] = next((line.strip() for line in said if "release" in line), None)
   for side, worker in list(workers.items()):
     try:
       out[side] = worker.ask("versions", timeout=180)
@@ -437,7 +439,7 @@ def _arguments(argv):
   parser.add_argument("--out", default="", help="JSON, written as results come; an old one is continued")
   parser.add_argument("--seconds", type=float, default=0, help="start no case after so many")
   parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto")
-  parser.add_argument("--autotune", action="store_true", help="FlexAttention's max-autotune as well")
+  parser.add_argument("--autotune", action="store_true", help="settings that are searched for, on both sides")
   parser.add_argument("--turns", type=int, default=10, help="of a contender in a pass")
   return parser.parse_args(argv)
 

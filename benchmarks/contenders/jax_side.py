@@ -263,6 +263,7 @@ CONTENDERS = {
   "ours": functools.partial(_ours, implementation="pallas_gpu"),
   "ours-deterministic": functools.partial(_ours, implementation="pallas_gpu", deterministic=True),
   "ours-safe": functools.partial(_ours, implementation="pallas_gpu", deterministic=True, safe=True),
+  "ours-132-blocks": functools.partial(_ours, implementation="pallas_gpu", blocks=132),
   "ours-xla": functools.partial(_ours, implementation="xla"),
   "jax-cudnn": _cudnn_causal,
   "jax-cudnn-masked": functools.partial(_masked, implementation="cudnn"),

@@ -1,6 +1,8 @@
 """The attention benchmark's machinery: cases, turns, verdicts, what is kept when a contender fails."""
 
 import json
+import sys
+import types
 
 import jax
 import numpy as np
@@ -209,6 +211,20 @@ def test_the_command_on_a_cpu(tmp_path, monkeypatch, capsys):
 def test_only_that_fits_nothing_is_an_error():
   with pytest.raises(SystemExit, match="fits nothing; cases: .*'bd3'"):
     bench.main(["--device", "cpu", "--only", "bd4*"])
+
+
+def test_without_a_gpu_it_is_the_tpu_table(monkeypatch, capsys):
+  import benchmarks
+
+  # A stand-in: the module sets XLA's flags when it is imported.
+  asked = []
+  table = types.SimpleNamespace(main=lambda argv: asked.append(argv) or 0)
+  monkeypatch.setattr(benchmarks, "attention_tpu", table, raising=False)
+  monkeypatch.setitem(sys.modules, "benchmarks.attention_tpu", table)
+  monkeypatch.setattr(bench, "clocks", dict)
+  assert bench.main(["--quick", "--out", "t.json"]) == 0 and bench.main([]) == 0
+  assert asked == [["--quick", "--out", "t.json"], []]
+  assert "No TPU was run" in capsys.readouterr().out
 
 
 @pytest.mark.parity

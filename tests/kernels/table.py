@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from genmodels import kernels
 from genmodels.masks import CODE_HIDDEN, AttnMask
@@ -97,18 +98,33 @@ class Side:
     dtypes: {"wide" | "narrow": dtype}.
     tiles: {"square" | "oblong": tiles}.
     target: what the kernels are built for; None for this machine.
+    heads: {G: (H, Hk)}.
   """
 
   lengths: Any
   dtypes: Any
   tiles: Any
   target: kernels.Target | None = None
+  heads: Any = dataclasses.field(default_factory=lambda: HEADS)
 
   def shape(self, case) -> tuple[int, int, int, int, int]:
     """(Lq, Lk, H, Hk, D)."""
     long, short = self.lengths[case["length"]]
     lq, lk = {"Lq=Lk": (long, long), "Lq<Lk": (short, long), "Lq>Lk": (long, short)}[case["ratio"]]
-    return lq, lk, *HEADS[case["group"]], case["head_dim"]
+    return lq, lk, *self.heads[case["group"]], case["head_dim"]
+
+
+def hopper() -> kernels.Target:
+  """Mosaic GPU kernels in jax's interpreter; skips a test where jax has none."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  if not hasattr(plgpu, "InterpretGPUParams"):
+    pytest.skip(f"jax {jax.__version__}: Mosaic GPU kernels need jax >= 0.11; `make test-compat` runs them")
+  # The interpreter imports this at its first kernel. It defines a jax setting, and a new setting makes jit
+  # trace everything once more, which would look like a mask that recompiles.
+  from jax.experimental.pallas import tpu  # noqa: F401
+
+  return kernels.Target("gpu", "NVIDIA H200", interpret=plgpu.InterpretGPUParams())
 
 
 @functools.cache

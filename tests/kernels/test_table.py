@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -169,20 +168,15 @@ def test_product(implementation, program):
 
 
 def _hopper():
-  """The interpreter of Mosaic GPU kernels; its own tests look for races."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-
-  if not hasattr(plgpu, "InterpretGPUParams"):
-    pytest.skip(f"jax {jax.__version__}: Mosaic GPU kernels need jax >= 0.11; `make test-compat` runs them")
-  target = kernels.Target("gpu", "NVIDIA H200", interpret=plgpu.InterpretGPUParams())
-  return dataclasses.replace(HOPPER, target=target)
+  return dataclasses.replace(HOPPER, target=table.hopper())
 
 
 @pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.parametrize("program", table.programs(), ids=_ids)
 def test_short_table_on_hopper(program):
-  failed = _run("pallas_gpu", program, _runs(table.short_cases(), program), _hopper())
+  side = dataclasses.replace(_hopper(), heads={1: (2, 2), 4: (4, 1), 8: (8, 1)})
+  failed = _run("pallas_gpu", program, _runs(table.short_cases(), program), side)
   assert not failed, "\n".join(failed)
 
 

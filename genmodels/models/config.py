@@ -214,6 +214,7 @@ class TrunkConfig:
     dtype, param_dtype: compute and master types. remat: see Remat.
     init_std: of every normal draw; init_out_scale: residual output weights are divided by √(2·layers).
     attention: implementation name handed to the kernels ("auto").
+    context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
   """
 
@@ -253,6 +254,7 @@ class TrunkConfig:
   init_std: float = 0.02
   init_out_scale: bool = False
   attention: str = "auto"
+  context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
 
   def __post_init__(self):

@@ -1,5 +1,9 @@
 """Bodies of the TPU kernels: what is done with one entry of a tile list.
 
+`place` is the call (`pallas_tpu._Place`): layout of the entries, tile sizes, scale and soft-cap. What
+belongs to a query (its interval, its statistics) comes as a row of lanes and is turned into columns of
+scratch once a line; scratch of sums lives from the first to the last entry of a line.
+
 Legend: q, k queries and keys of a tile · c keys of a part of it · D, Dv head sizes · T intervals.
 """
 

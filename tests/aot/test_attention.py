@@ -79,7 +79,7 @@ def _linear_bound(made: schedule.Compiled, case: bundles.Case) -> int:
 @pytest.mark.aot
 @needs_libtpu
 class TestChips:
-  @pytest.mark.parametrize("name, case", zip(IDS, CASES), ids=IDS)
+  @pytest.mark.parametrize("name, case", list(zip(IDS, CASES)), ids=IDS)
   def test_compiles_within_linear_memory(self, compiled, name, case):
     made = compiled[name]
     # Vector memory, scalar memory and HBM that do not suffice are errors of the compiler.
@@ -102,11 +102,11 @@ class TestChips:
     assert all(len(x) == 1 for x in lists.values()), "one call each, or another list is longer"
     assert all(0.97 * MAX_ENTRIES < x[0].entry.shape[1] <= MAX_ENTRIES for x in lists.values())
 
-  @pytest.mark.parametrize("name, case", zip(IDS, CASES), ids=IDS)
+  @pytest.mark.parametrize("name, case", list(zip(IDS, CASES)), ids=IDS)
   def test_bundles_are_as_recorded(self, compiled, name, case):
     assert not _judge(case, compiled[name])
 
-  @pytest.mark.parametrize("name, case", zip(IDS, CASES), ids=IDS)
+  @pytest.mark.parametrize("name, case", list(zip(IDS, CASES)), ids=IDS)
   def test_bundles_are_as_designed(self, compiled, name, case):
     _as_designed(case, compiled[name])
 
@@ -120,7 +120,7 @@ class TestChips:
 @pytest.mark.full
 @needs_libtpu
 class TestSweep:
-  @pytest.mark.parametrize("name, case", zip(SWEEP_IDS, SWEEP), ids=SWEEP_IDS)
+  @pytest.mark.parametrize("name, case", list(zip(SWEEP_IDS, SWEEP)), ids=SWEEP_IDS)
   def test_bundles(self, swept, name, case):
     assert not _judge(case, swept[name])
     _as_designed(case, swept[name])

@@ -5,7 +5,7 @@ maximum that exp2 underflows to exactly 0: no second `where` on the probabilitie
 a key ends with a zero sum. The dk/dv kernel works on transposed scores, keys in sublanes and queries
 in lanes, so that what belongs to a query is a lane vector there and the accumulators stay in place
 over a whole line and over the query heads of a key head: no atomics, no buffers per query head.
-(specs: kernels §7; online softmax: Milakov & Gimelshein 2018; tiles: Dao 2023.)
+(Online softmax: Milakov & Gimelshein 2018; tiles: Dao 2023.)
 
 Legend: B rows · L, Lq queries · Lk keys · H query heads · Hk key heads · G queries per key head · D, Dv
 head sizes · T intervals · q, k queries and keys of a tile · c keys of a part of it.

@@ -184,7 +184,7 @@ class Chip:
 
   Attributes:
     vmem: bytes of vector memory of a core (jax's tpu_info).
-    fwd, bwd: tiles (q, k) of rows up to 16k tokens; longer rows take `long`. (specs: kernels §7.2.)
+    fwd, bwd: tiles (q, k) of rows up to 16k tokens; longer rows take `long`.
   """
 
   vmem: int

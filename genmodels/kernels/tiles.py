@@ -2,7 +2,7 @@
 
 A tile and an interval that meet make one *entry*; a tile that two intervals of a query tile meet has
 two entries. Intervals are disjoint, and online softmax over disjoint key sets is exact, so a kernel
-body only ever holds a mask of one interval. (specs: kernels §3.3, §3.4.)
+body only ever holds a mask of one interval.
 
 Legend: B rows of the mask · g groups of rows that share entries · r rows of a group · T intervals
 · I query tiles · J key tiles · i, j positions inside a tile.

@@ -5,7 +5,7 @@ the plainest layout (streams stored one after the other) for tools, tests and be
 `doc` int32[B, N], contiguous document indices with −1 for padding, and are document aware; block sizes,
 cuts and orders may be traced, so that a curriculum changes them without recompiling.
 
-Legend: B rows · N clean tokens · F tokens of a frame. (specs: kernels §3.2, language §0.6.)
+Legend: B rows · N clean tokens · F tokens of a frame.
 """
 
 from __future__ import annotations

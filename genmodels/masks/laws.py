@@ -1,7 +1,7 @@
 """What a mask must not let happen: a target that reaches its own loss, noise in the clean stream.
 
 Both checks take dense masks of a small symbolic row and follow several layers: what a slot can know is
-the transitive closure of what it attends to. (specs: language §0.6.)
+the transitive closure of what it attends to.
 
 Legend: S slots.
 """

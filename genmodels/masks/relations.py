@@ -3,7 +3,7 @@
 Every relation implies the same document. A relation is a union (`|`) of intersections (`&`) of the
 atoms below, each one an interval of the key stream's coordinate that follows from the query slot
 alone: so `codes` and `bounds` are functions of one slot, a KV cache can store codes, and training
-and decoding share one table. (specs: language §0.6, kernels §3.)
+and decoding share one table.
 
 Legend: B rows · S slots · T intervals of a query. `x` is the query's coordinate in the coordinate of
 the key stream ("pos" or "order"); [ds, de) its document, [bs, be) its block.

@@ -1,4 +1,4 @@
-"""Every Monte-Carlo loss against the closed form of the negative ELBO (language.md T1–T3, T13, T14)."""
+"""Every Monte-Carlo loss against the closed form of the negative ELBO."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Gumbel tails, filters and scores (language.md §0.8, T30)."""
+"""Gumbel tails, filters and scores."""
 
 import jax
 import jax.numpy as jnp

@@ -137,12 +137,12 @@ def decode(
     operands = q, made
     return _stream(*vary(operands, axes_of(operands)), scale, soft_cap)
   parts = []
-  for k, v, plan, pages in made:
+  for k, v, of, pages in made:
     if implementation == "reference":
       k, v = (x if pages is None else _gathered(x, pages) for x in (k, v))
-      G, mask = 1, plan.mask
+      G, mask = 1, of.mask
     else:
-      G, mask = plan.groups, plan.inner
+      G, mask = of.groups, of.inner
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
     parts.append(attention(_pack(q, G), k, v, mask, return_lse=True, **options))
@@ -178,7 +178,7 @@ def _planned(q, segment: Segment, implementation: str) -> Segment:
 
 
 def _touched(mask: AttnMask, tiles) -> tuple[Array, Array]:
-  """(int32[1, I, J], key tiles, first those that any row's queries see, in order; their count int32[1, I])."""
+  """(int32[1, I, J], key tiles, first those that queries of any row see; int32[1, I], how many they are)."""
   lo, hi = (_padded(x, 2, tiles[0], 0) for x in (mask.lo, mask.hi))
   code = _padded(mask.code, 1, tiles[1], CODE_HIDDEN)
   lo, hi = (x.reshape(*x.shape[:2], -1, tiles[0]) for x in (lo, hi))  # [B, T, I, i]

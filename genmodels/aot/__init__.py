@@ -1,0 +1,5 @@
+"""Compiling for TPU pods ahead of time, on a machine without one."""
+
+from genmodels.aot.topology import Chip, chip, devices, target
+
+__all__ = ["Chip", "chip", "devices", "target"]

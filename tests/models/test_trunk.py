@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import models
+from genmodels import kernels, models
 from genmodels.config import ConfigError
 from genmodels.models import layer_index, layer_path, trunk
 from genmodels.models.layers import Layer
@@ -113,6 +113,32 @@ def test_the_attn_out_preset_saves_one_attention_output(capsys):
   )
   shape = f"[{cfg.segments[0].repeats},2,24,{cfg.num_heads},{cfg.head_dim}]"
   assert capsys.readouterr().out.count(shape) == len(cfg.segments[0].pattern)  # layers, rows, slots, heads
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_saved_attention_is_not_run_again(implementation):
+  """Where a policy keeps the output and its log-sum-exp, the backward pass holds no second forward kernel."""
+  ids = cases.tokens(2, 16)
+  x, t = cases.inputs(ids), cases.everywhere(ids)
+
+  def kernels_of(**remat):
+    """How often the forward kernel stands in the program of the gradient."""
+    model = models.build({**cases.BASE, "attention": implementation, "remat": remat, "layers": 3})
+    loss = lambda p: model.apply(p, x, t).dists["t"].nll(ids[..., 0]).sum()
+    text = str(jax.make_jaxpr(jax.grad(loss))(model.abstract_params()))
+    # Both kernels of the backward pass multiply by dq's or dk's; only the forward one names its outputs.
+    return text.count("name=attn_lse")
+
+  chip = (
+    kernels.Target("tpu", "TPU v5p", interpret=True) if implementation == "pallas_tpu" else kernels.current()
+  )
+  with kernels.building_for(chip):
+    assert kernels_of(preset="none") == 1
+    assert kernels_of(preset="attn_out") == 1
+    both = ("attn_out", "attn_lse")
+    assert kernels_of(preset="dots", save=both) == kernels_of(preset="full", save=both) == 1
+    assert kernels_of(preset="full") == 2  # negative control: recomputed
+    assert kernels_of(preset="full", save=("attn_out",)) == 2  # either alone is not enough
 
 
 def test_layer_remat_overrides_the_preset():

@@ -14,6 +14,7 @@ head sizes · T intervals · q, k queries and keys of a tile · c keys of a part
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from genmodels.kernels import pallas_tpu_bodies as bodies
 from genmodels.kernels import pallas_tpu_lists as lists
 from genmodels.kernels import target
 from genmodels.kernels.pallas_tpu_lists import LANES, Layout, Plan, Sizes, TileList, Tiles, plan
@@ -29,11 +31,8 @@ from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
-__all__ = ["Plan", "Tiles", "attend", "plan", "unavailable", "vmem_bytes"]
+__all__ = ["Plan", "Tiles", "attend", "attend_pages", "plan", "unavailable", "vmem_bytes"]
 
-_LOG2E = 1.4426950408889634
-_MASKED = -1e30
-_FLOOR = -1e29
 _MSB = -(2**31)
 _MIB = 2**20
 
@@ -65,9 +64,42 @@ def attend(
     ValueError: tiles that the chip's vector memory cannot hold at these head sizes.
   """
   del deterministic  # it always is
-  options = _Options(scale, soft_cap, target.current().interpret, lists.chip().vmem)
   operands = (q, k, v, plan)
-  return _attend(options, *vary(operands, axes_of(operands)))
+  return _attend(_options(scale, soft_cap), *vary(operands, axes_of(operands)))
+
+
+def attend_pages(
+  q: Array, k: Array, v: Array, plan: Plan, pages: Array, scale: float, soft_cap: float | None
+) -> tuple[Array, Array]:
+  """As `attend` without gradients, for keys in pages of a pool: the list's columns are looked up.
+
+  Args:
+    q: [B, Lq, H, D].
+    k: [P, page, Hk, D], v: [P, page, Hk, Dv], in any float type; a page is a key tile of the plan.
+    plan: of a mask over N · page logical keys a row.
+    pages: int32[B, N], the page of the pool that holds a row's n-th tile; anything where all are hidden.
+
+  Raises:
+    ValueError: pages that are no key tiles of the plan; a table that does not fit scalar memory.
+  """
+  B, N = pages.shape
+  if k.shape[1] != plan.tiles.k or N * plan.tiles.k != plan.lengths[1] or B != q.shape[0]:
+    raise ValueError(
+      f"attend_pages: a page is a key tile: got a plan with k={plan.tiles.k} for {plan.lengths[1]} keys, "
+      f"q {q.shape}, pool {k.shape}, pages {pages.shape}; plan N · page keys with tiles=(q, {k.shape[1]})"
+    )
+  if (most := max(x.entry.shape[1] for x in plan.fwd) + B * N - lists.MAX_ENTRIES) > 0:
+    raise ValueError(
+      f"attend_pages: tile list and page table are {most} entries more than scalar memory's "
+      f"{lists.MAX_ENTRIES}; take larger pages, fewer rows a device, or a smaller Tiles.capacity"
+    )
+  pages = jnp.clip(pages, 0, k.shape[0] - 1)
+  operands = vary((q, k, v, plan, pages), axes_of((q, k, v, plan, pages)))
+  return _outputs(_options(scale, soft_cap), *operands)
+
+
+def _options(scale, soft_cap) -> _Options:
+  return _Options(scale, soft_cap, target.current().interpret, lists.chip().vmem)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,6 +108,13 @@ def _attend(options, q, k, v, plan):
 
 
 def _forward(options, q, k, v, plan):
+  out, lse = _outputs(options, q, k, v, plan)
+  out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
+  return (out, lse), (q, k, v, plan, out, lse)
+
+
+def _outputs(options, q, k, v, plan, pages=None):
+  """out [B, Lq, H, Dv], lse float32[B, H, Lq]; keys from a pool if `pages` are given."""
   sizes, lq = plan.tiles.fwd, q.shape[1]
   qh, kh, vh = _heads_first(q, sizes.q), _heads_first(k, sizes.k), _heads_first(v, sizes.k)
   code, lo, hi = lists.padded(plan.mask, sizes)
@@ -87,13 +126,13 @@ def _forward(options, q, k, v, plan):
     lines = at.lines(sizes.q)
     q_part = qh[:, :, lines]
     out, lse = at.call(
-      _forward_kernel,
+      bodies.forward_kernel,
       part,
       "interval_attention_fwd",
       [
         (q_part, at.per_query),
-        (kh, at.per_key),
-        (vh, at.per_key),
+        (kh, at.per_key if pages is None else at.per_page),
+        (vh, at.per_key if pages is None else at.per_page),
         (code[:, None], at.code),
         (bounds[..., lines], at.bounds),
       ],
@@ -109,13 +148,11 @@ def _forward(options, q, k, v, plan):
       ],
       temporaries=3,
       flops=2 * (q.shape[3] + v.shape[3]),
+      pages=pages,
     )
     outs.append(out)
     lses.append(lse[:, :, 0])
-  out = _poisoned(plan, _heads_back(outs, lq))
-  lse = _poisoned(plan, _one(lses, 2)[..., :lq])
-  out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
-  return (out, lse), (q, k, v, plan, out, lse)
+  return _poisoned(plan, _heads_back(outs, lq)), _poisoned(plan, _one(lses, 2)[..., :lq])
 
 
 def _backward(options, residuals, cotangents):
@@ -125,11 +162,11 @@ def _backward(options, residuals, cotangents):
   # dS = P (dP − Δ) with Δ = Σ out·d_out, and P·d_lse more from the LSE output.
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1).transpose(0, 2, 1) - d_lse
   # Every logit of an empty query is masked, whatever its statistics; they must be finite.
-  stats = jnp.stack([jnp.where(some, lse * _LOG2E, 0), jnp.where(some, delta, 0)], 2)  # [B, H, 2, L]
-  operands = q, k, v, d_out.astype(q.dtype), stats
+  stats = jnp.stack([jnp.where(some, lse * bodies.LOG2E, 0), jnp.where(some, delta, 0)], 2)  # [B, H, 2, L]
+  operands = q, k.astype(q.dtype), v.astype(q.dtype), d_out.astype(q.dtype), stats
   dq = _grad_queries(options, plan, *operands)
   dk, dv = _grad_keys(options, plan, *operands)
-  return *(_poisoned(plan, x) for x in (dq, dk, dv)), None
+  return *(_poisoned(plan, x).astype(y.dtype) for x, y in ((dq, q), (dk, k), (dv, v))), None
 
 
 _attend.defvjp(_forward, _backward)
@@ -149,7 +186,7 @@ def _grad_queries(options, plan, q, k, v, d_out, stats):
     lines = at.lines(sizes.q)
     q_part = qh[:, :, lines]
     (dq,) = at.call(
-      _grad_queries_kernel,
+      bodies.grad_queries_kernel,
       part,
       "interval_attention_dq",
       [
@@ -188,7 +225,7 @@ def _grad_keys(options, plan, q, k, v, d_out, stats):
     k_part, v_part = kh[:, :, lines], vh[:, :, lines]
     outs.append(
       at.call(
-        _grad_keys_kernel,
+        bodies.grad_keys_kernel,
         part,
         "interval_attention_dkv",
         [
@@ -229,29 +266,41 @@ class _Place:
     self.rows, self.heads, self.key_heads = q.shape[0], q.shape[2], k.shape[2]
     self.group = self.heads // self.key_heads
     self.shared = plan.code.shape[0] == 1
-    self.density, self.pairs = plan.tiles.density, q.shape[1] * k.shape[1]
+    self.columns = -(-plan.lengths[1] // sizes.k)
+    self.density, self.pairs = plan.tiles.density, math.prod(plan.lengths)
     self.kind = jax.typeof(q).manual_axis_type
 
   def lines(self, size: int) -> slice:
     return slice(self.layout.start * size, self.layout.stop * size)
 
   def per_query(self, x):
-    return (None, None, self.sizes.q, x.shape[3]), lambda h, e, g: (*self._query_head(h, e, g), self._i(e), 0)
+    return (None, None, self.sizes.q, x.shape[3]), lambda h, e, *g: (
+      *(*self._query_head(h, e, *g), self._i(e), 0),
+    )
 
   def per_query_lane(self, x):
-    return (None, None, x.shape[2], self.sizes.q), lambda h, e, g: (*self._query_head(h, e, g), 0, self._i(e))
+    return (None, None, x.shape[2], self.sizes.q), lambda h, e, *g: (
+      *(*self._query_head(h, e, *g), 0, self._i(e)),
+    )
 
   def per_key(self, x):
-    return (None, None, self.sizes.k, x.shape[3]), lambda h, e, g: (*self._key_head(h, e), self._j(e), 0)
+    return (None, None, self.sizes.k, x.shape[3]), lambda h, e, *_: (*self._key_head(h, e), self._j(e), 0)
+
+  def per_page(self, x):
+    def index(h, e, pages):
+      row, head = self._key_head(h, e)
+      return pages[row * self.columns + self._j(e)], head, 0, 0
+
+    return (None, None, self.sizes.k, x.shape[3]), index
 
   def code(self, x):
-    return (None, 1, self.sizes.k), lambda h, e, g: (self._mask_row(e), 0, self._j(e))
+    return (None, 1, self.sizes.k), lambda h, e, *_: (self._mask_row(e), 0, self._j(e))
 
   def bounds(self, x):
-    return (None, x.shape[1], self.sizes.q), lambda h, e, g: (self._mask_row(e), 0, self._i(e))
+    return (None, x.shape[1], self.sizes.q), lambda h, e, *_: (self._mask_row(e), 0, self._i(e))
 
   def bounds_of_term(self, x):
-    return (None, None, 2, self.sizes.q), lambda h, e, g: (
+    return (None, None, 2, self.sizes.q), lambda h, e, *_: (
       *(self._mask_row(e), self.layout.term_of(e), 0, self._i(e)),
     )
 
@@ -264,9 +313,9 @@ class _Place:
   def _mask_row(self, e):
     return 0 if self.shared else self.layout.row_of(e)
 
-  def _query_head(self, h, e, g):
+  def _query_head(self, h, e, *g):
     row, head = self._row(h, e)
-    return row, head * self.group + g if self.by_key else head
+    return row, head * self.group + g[0] if self.by_key else head
 
   def _key_head(self, h, e):
     row, head = self._row(h, e)
@@ -279,20 +328,24 @@ class _Place:
     heads = jnp.int32(self.key_heads if self.by_key else self.heads)
     return jax.lax.div(h, heads), jax.lax.rem(h, heads)
 
-  def call(self, kernel, part: TileList, name: str, inputs, outputs, scratch, *, temporaries, flops):
+  def call(
+    self, kernel, part: TileList, name: str, inputs, outputs, scratch, *, temporaries, flops, pages=None
+  ):
     """Runs a kernel over the entries of a list.
 
     Args:
       inputs, outputs: (array or its shape, method that gives its block); scratch: (shape, dtype).
       temporaries: arrays of q × c scores alive at a time; flops: of a visible pair.
+      pages: as `attend_pages`, for blocks `per_page`.
     """
 
     def spec(x, block):
       shape, index = block(x)
 
       def index_map(h, s, *rest):
-        *g, entries = rest
-        return index(h, entries[s], g[0] if g else None)
+        # What follows the grid indices: the prefetched list, and after it the table of pages.
+        at = 1 if self.by_key else 0
+        return index(h, rest[at][s], *rest[:at], *rest[at + 1 :])
 
       return pl.BlockSpec(shape, index_map)
 
@@ -311,9 +364,9 @@ class _Place:
         f"memory, the chip has {self.options.vmem // _MIB}; take smaller tiles"
       )
     run = pl.pallas_call(
-      functools.partial(kernel, place=self),
+      functools.partial(kernel, place=self) if pages is None else _without_pages(kernel, self),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
+        num_scalar_prefetch=1 if pages is None else 2,
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
@@ -332,7 +385,12 @@ class _Place:
       interpret=self.options.interpret or False,
       name=name,
     )
-    return run(part.entry[0], *arrays)
+    return run(part.entry[0], *(() if pages is None else (pages.reshape(-1),)), *arrays)
+
+
+def _without_pages(kernel, place: _Place):
+  """Only index maps read the table of pages."""
+  return lambda entries, _, *refs: kernel(entries, *refs, place=place)
 
 
 def vmem_bytes(blocks, scratch, temporaries: int) -> int:
@@ -352,138 +410,6 @@ def vmem_bytes(blocks, scratch, temporaries: int) -> int:
   return 2 * sum(size(*x) for x in blocks) + sum(size(*x) for x in scratch) + temporaries
 
 
-def _forward_kernel(entries, q, k, v, code, bounds, out, lse, limits, top, total, acc, *, place):
-  layout, part = place.layout, place.sizes.k_compute
-  entry = entries[pl.program_id(1)]
-
-  @pl.when(layout.is_first(entry))
-  def _():
-    top[...] = jnp.full_like(top, _FLOOR)
-    total[...] = jnp.zeros_like(total)
-    acc[...] = jnp.zeros_like(acc)
-    _turn(bounds, limits)
-
-  def body(c: int, masked: bool):
-    keys = slice(c * part, (c + 1) * part)
-    s, _ = _logits(place.options, q[...], k[keys, :])  # [q, c]
-    if masked:
-      t = 2 * layout.term_of(entry)
-      s = jnp.where(code[:, keys] - _wide(limits[t], part) < _wide(limits[t + 1], part), s, _MASKED)
-    old = top[...]
-    new = jnp.maximum(old, s.max(-1)[:, None])
-    p = jnp.exp2(s - _wide(new, part))
-    shrink = jnp.exp2(old - new)
-    top[...] = new
-    total[...] = shrink * total[...] + p.sum(-1)[:, None]
-    acc[...] = acc[...] * _wide(shrink, acc.shape[1]) + _dot(p.astype(v.dtype), v[keys, :], _NN)
-
-  _each_part(layout, entry, body)
-
-  @pl.when(layout.is_last(entry))
-  def _():
-    some = total[...] > 0
-    safe = jnp.where(some, total[...], 1.0)
-    out[...] = (acc[...] * _wide(jnp.where(some, 1.0 / safe, 0.0), acc.shape[1])).astype(out.dtype)
-    natural = jnp.where(some, (top[...] + jnp.log2(safe)) * (1 / _LOG2E), -jnp.inf)
-    lse[...] = natural.T[:1]
-
-
-def _grad_queries_kernel(entries, q, k, v, d_out, stats, code, bounds, dq, limits, columns, acc, *, place):
-  layout, part = place.layout, place.sizes.k_compute
-  entry = entries[pl.program_id(1)]
-
-  @pl.when(layout.is_first(entry))
-  def _():
-    acc[...] = jnp.zeros_like(acc)
-    _turn(bounds, limits)
-    _turn(stats, columns)
-
-  def body(c: int, masked: bool):
-    keys = slice(c * part, (c + 1) * part)
-    s, slope = _logits(place.options, q[...], k[keys, :])  # [q, c]
-    if masked:
-      t = 2 * layout.term_of(entry)
-      s = jnp.where(code[:, keys] - _wide(limits[t], part) < _wide(limits[t + 1], part), s, _MASKED)
-    p = jnp.exp2(s - _wide(columns[0], part))
-    ds = p * (_dot(d_out[...], v[keys, :], _NT) - _wide(columns[1], part))
-    ds = ds if slope is None else ds * slope
-    acc[...] += _dot(ds.astype(k.dtype), k[keys, :], _NN)
-
-  _each_part(layout, entry, body)
-
-  @pl.when(layout.is_last(entry))
-  def _():
-    dq[...] = (acc[...] * place.options.scale).astype(dq.dtype)
-
-
-def _grad_keys_kernel(entries, q, k, v, d_out, stats, code, bounds, dk, dv, codes, dk_acc, dv_acc, *, place):
-  layout, part = place.layout, place.sizes.k_compute
-  entry, g = entries[pl.program_id(1)], pl.program_id(2)
-
-  @pl.when(layout.is_first(entry) & (g == 0))
-  def _():
-    dk_acc[...] = jnp.zeros_like(dk_acc)
-    dv_acc[...] = jnp.zeros_like(dv_acc)
-    codes[...] = _column(code[...])
-
-  def body(c: int, masked: bool):
-    keys = slice(c * part, (c + 1) * part)
-    s, slope = _logits(place.options, k[keys, :], q[...])  # [c, q]
-    if masked:
-      s = jnp.where(_wide(codes[keys, :], s.shape[1]) - bounds[:1] < bounds[1:], s, _MASKED)
-    p = jnp.exp2(s - stats[:1])
-    dv_acc[keys, :] += _dot(p.astype(d_out.dtype), d_out[...], _NN)
-    ds = p * (_dot(v[keys, :], d_out[...], _NT) - stats[1:])
-    ds = ds if slope is None else ds * slope
-    dk_acc[keys, :] += _dot(ds.astype(q.dtype), q[...], _NN)
-
-  _each_part(layout, entry, body)
-
-  @pl.when(layout.is_last(entry) & (g == place.group - 1))
-  def _():
-    dk[...] = (dk_acc[...] * place.options.scale).astype(dk.dtype)
-    dv[...] = dv_acc[...].astype(dv.dtype)
-
-
-_NT = (((1,), (1,)), ((), ()))
-_NN = (((1,), (0,)), ((), ()))
-
-
-def _dot(a, b, dimensions):
-  # A chip multiplies float32 in one bfloat16 pass unless told otherwise.
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _logits(options, a, b):
-  """Logits in base 2, and the slope of the soft-cap (None without one)."""
-  s = _dot(a, b, _NT)
-  if options.soft_cap is None:
-    return s * (options.scale * _LOG2E), None
-  ratio = jnp.tanh(s * (options.scale / options.soft_cap))
-  return ratio * (options.soft_cap * _LOG2E), 1 - ratio * ratio
-
-
-def _each_part(layout: Layout, entry, body):
-  """Runs body(part, masked) for the parts of a tile that its interval meets.
-
-  Two straight lines for tiles that are met everywhere, so that the products of one part run beside the
-  softmax of another; the parts of the others are jumped over one by one.
-  """
-  every, parts = range(layout.parts), layout.parts_of(entry)
-  full, whole = layout.is_full(entry), parts == 2**layout.parts - 1
-
-  def straight(masked: bool):
-    for c in every:
-      body(c, masked)
-
-  pl.when(full)(lambda: straight(False))
-  pl.when(whole & ~full)(lambda: straight(True))
-  if layout.parts > 1:
-    for c in every:
-      pl.when(~whole & ((parts & (1 << c)) != 0))(functools.partial(body, c, True))
-
-
 def _interval(lo, hi):
   """(base, width) with lo <= code < hi as one signed comparison, code − base < width.
 
@@ -491,24 +417,6 @@ def _interval(lo, hi):
   sides. An empty interval has the least width, which nothing is below.
   """
   return lo + _MSB, jnp.maximum(hi - lo, 0) + _MSB
-
-
-def _column(x):
-  """[1, n] -> [n, LANES], each value over all lanes of its sublane."""
-  return jnp.broadcast_to(x, (LANES, x.shape[1])).T
-
-
-def _turn(rows, columns):
-  """Rows of a block [r, n] as columns of scratch [r, n, LANES]: once a line instead of once a tile."""
-  for r in range(rows.shape[0]):
-    columns[r] = _column(rows[r : r + 1, :])
-
-
-def _wide(x, n: int):
-  """[r, LANES] with equal lanes -> [r, n]."""
-  if n < LANES:
-    return x[:, :n]
-  return jnp.tile(x, (1, -(-n // LANES)))[:, :n]
 
 
 def _heads_first(x: Array, multiple: int) -> Array:

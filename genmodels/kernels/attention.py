@@ -53,7 +53,7 @@ def explain(implementation: str = "auto") -> tuple[str, str]:
 
 def bounded(implementation: str) -> bool:
   """Whether plans of an implementation take a `capacity`; others always hold the worst case."""
-  return "capacity" in inspect.signature(_backend(implementation).plan).parameters
+  return "capacity" in inspect.signature(backend(implementation).plan).parameters
 
 
 def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: float | None = None):
@@ -78,10 +78,10 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: flo
   """
   implementation = resolve(implementation)
   more = {} if capacity is None or not bounded(implementation) else {"capacity": capacity}
-  return _backend(implementation).plan(mask, tiles, **more)
+  return backend(implementation).plan(mask, tiles, **more)
 
 
-def _backend(name: str):
+def backend(name: str):
   """Module of an implementation: plan(mask, tiles[, capacity]), attend(q, k, v, plan, scale, soft_cap,
   deterministic); a Pallas one has unavailable(target) -> str | None too.
 
@@ -95,7 +95,7 @@ def _unavailable(name: str) -> str | None:
   if not name.startswith("pallas"):
     return None
   try:
-    return _backend(name).unavailable(target.current())
+    return backend(name).unavailable(target.current())
   except ModuleNotFoundError as e:
     return f"this build lacks it ({e})"
 
@@ -153,7 +153,7 @@ def attention(
     out, lse = reference(q, k, v, mask.mask if is_plan else mask, scale, soft_cap)
   else:
     made = mask if is_plan else plan(mask, tiles, implementation)
-    out, lse = _backend(implementation).attend(q, k, v, made, scale, soft_cap, deterministic)
+    out, lse = backend(implementation).attend(q, k, v, made, scale, soft_cap, deterministic)
   return (out, lse) if return_lse else out
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import pytree
-from genmodels.kernels.attention import attention, merge, plan, resolve
+from genmodels.kernels.attention import attention, backend, merge, plan, resolve
 from genmodels.kernels.varying import axes_of, vary
 from genmodels.masks import CODE_HIDDEN, AttnMask
 
@@ -92,13 +92,14 @@ def decode_plan(mask: AttnMask, groups: int, implementation: str = "auto", *, pa
   lq, lk = mask.lo.shape[2], mask.code.shape[1]
   inner = None
   if implementation not in ("xla", "reference"):
-    if page:
+    if page and not hasattr(backend(implementation), "attend_pages"):
       raise ValueError(
         f"decode: {implementation!r} reads contiguous keys only; use implementation='xla' for paged ones, or "
         f"gather the pages"
       )
-    pack = lambda x: jnp.repeat(x, groups, axis=2)
-    inner = plan(AttnMask(mask.code, pack(mask.lo), pack(mask.hi)), None, implementation)
+    packed = AttnMask(mask.code, *(jnp.repeat(x, groups, axis=2) for x in (mask.lo, mask.hi)))
+    sizes = (min(512, -(-lq * groups // 128) * 128), page) if page else None  # a page is a key tile
+    inner = plan(packed, sizes, implementation)
   tiles = min(QUERIES, lq), page or min(KEYS, lk)
   if page and lk % page:
     raise ValueError(f"decode: {lk} keys are no whole number of pages of {page}")
@@ -143,8 +144,11 @@ def decode(
       G, mask = 1, of.mask
     else:
       G, mask = of.groups, of.inner
-    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    if pages is not None and implementation != "reference":
+      parts.append(backend(implementation).attend_pages(_pack(q, G), k, v, mask, pages, scale, soft_cap))
+      continue
     options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     parts.append(attention(_pack(q, G), k, v, mask, return_lse=True, **options))
   return _unpack(merge(*zip(*parts))[0] if len(parts) > 1 else parts[0][0], G)
 

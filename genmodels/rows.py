@@ -87,6 +87,28 @@ def rank_in_unit(unit_lo: Array, score: Array, eligible: Array) -> Array:
   return jnp.zeros_like(n).at[rows, token].set(rank, unique_indices=True)
 
 
+def geometric_context(doc: Array, shown: Array, p: float) -> Array:
+  """How near the shown tokens of its document are to each token: ½ Σ_j p (1−p)^(|i−j|−1), float32[B, N].
+
+  The sum is over the shown tokens j ≠ i (Ye et al., "Dream 7B", 2508.15487: context-adaptive rescheduling of
+  the loss at token level, in the released trainer a loss weight).
+
+  Args:
+    doc: int32[B, N]; shown: bool[B, N].
+  """
+
+  def before(doc, shown):
+    """Σ over shown j < i, as the linear recurrence x_i = (1−p)·x_{i−1} + p·shown_{i−1} inside a document."""
+    same = jnp.pad(doc[:, 1:] == doc[:, :-1], ((0, 0), (1, 0)))
+    gain = jnp.where(same, p * jnp.pad(shown[:, :-1], ((0, 0), (1, 0))), 0).astype(jnp.float32)
+    decay = jnp.where(same, 1 - p, 0).astype(jnp.float32)
+    join = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    return jax.lax.associative_scan(join, (decay, gain), axis=1)[1]
+
+  flip = lambda x: jnp.flip(x, 1)
+  return 0.5 * (before(doc, shown) + flip(before(flip(doc), flip(shown))))
+
+
 def per_doc(row_doc: Array, value: Array, capacity: int) -> Array:
   """Sums `value` [B, N] per document: [B, capacity]; padding is left out."""
 

@@ -62,6 +62,12 @@ def qwen3(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) ->
   return llama(width, layers, heads, mlp, kv_heads=kv_heads, head_dim=128, qk_norm="rms", rope=rope, **kw)
 
 
+def qwen2(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) -> dict:
+  """A Qwen2 or 2.5 class trunk: as Llama, with biases on queries, keys and values."""
+  bias = ("q", "k", "v")
+  return llama(width, layers, heads, mlp, kv_heads=kv_heads, bias=bias, rope={"base": 1e6}, **kw)
+
+
 def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:
   """AdamW with clipping at 1.0 and a schedule of the given kind."""
   return {

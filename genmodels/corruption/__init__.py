@@ -2,7 +2,27 @@
 
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
+from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.subset import Subset
 
-REGISTRY = {"clean": Clean, "absorb": Absorb, "monotone_absorb": MonotoneAbsorb}
+REGISTRY = {
+  "clean": Clean,
+  "absorb": Absorb,
+  "monotone_absorb": MonotoneAbsorb,
+  "position_absorb": PositionAbsorb,
+  "input_mask": InputMask,
+  "subset": Subset,
+}
 
-__all__ = ["REGISTRY", "Absorb", "Blocks", "Clean", "Corruption", "MonotoneAbsorb"]
+__all__ = [
+  "REGISTRY",
+  "Absorb",
+  "Blocks",
+  "Clean",
+  "Corruption",
+  "InputMask",
+  "MonotoneAbsorb",
+  "PositionAbsorb",
+  "Subset",
+]

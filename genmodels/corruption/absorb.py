@@ -75,6 +75,8 @@ class Absorb(Corruption):
     schedule, eps: see `masked_probability`.
     retries: Bernoulli draws are repeated up to so many times while a unit has no masked token.
     complement: a second copy masks exactly the eligible tokens that the first one keeps.
+    order: generation ranks: "logical", or "observed_first": inside a block the tokens that are shown come
+      before the masked ones, each in logical order (WeDLM, Liu et al. 2512.22737, topological reordering).
   """
 
   unit: str = "doc"
@@ -85,6 +87,7 @@ class Absorb(Corruption):
   eps: float = 1e-3
   retries: int = 0
   complement: bool = False
+  order: str = "logical"
 
   def __post_init__(self):
     super().__post_init__()
@@ -94,9 +97,12 @@ class Absorb(Corruption):
       ("time", ("uniform", "stratified")),
       ("count", ("exact", "bernoulli", "round")),
       ("schedule", ("linear", "loglinear", "floor", "cosine")),
+      ("order", ("logical", "observed_first")),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+    if self.complement and self.order != "logical":
+      raise ValueError("order='observed_first' is of one noisy copy; it excludes complement=True")
 
   @property
   def copies(self) -> int:
@@ -118,12 +124,12 @@ class Absorb(Corruption):
     else:
       k = self._masked_count(t, n, count)
       score = rng.token_bits(row, key, at, copy, rng.WHICH)
-      hit = ok & (rows.rank_in_unit(unit_lo, score, ok) < k)
-      marginal = k / jnp.maximum(n, 1)
+      hit, marginal = self.select(score, unit_lo, ok, k, n, bound)
       if count == "round":
         nelbo = 1 / jnp.maximum(t, 1e-6)
       else:
-        share = level_of(self.schedule, marginal) - level_of(self.schedule, (k - 1) / jnp.maximum(n, 1))
+        share = level_of(self.schedule, k / jnp.maximum(n, 1))
+        share = share - level_of(self.schedule, (k - 1) / jnp.maximum(n, 1))
         nelbo = 1 / (jnp.maximum(k, 1) * jnp.where(share > 0, share, 1.0))
     hit, t, marginal, nelbo = (a[:, None] for a in (hit, t, marginal.astype(jnp.float32), nelbo))
     if self.complement:
@@ -133,6 +139,26 @@ class Absorb(Corruption):
       nelbo = jnp.concatenate([nelbo, 1 / jnp.maximum(other, 1e-6)], 1)
       t = jnp.concatenate([t, 1 - t], 1)
     return self.noise(row, lo, hi, hit, t, marginal, nelbo, drop=self.dropped(row, key, at, bound))
+
+  def select(self, score, unit_lo, ok, k, n, bound) -> tuple[Array, Array]:
+    """k of the n eligible tokens of each unit, and the probability of each to be among them.
+
+    Args:
+      score: uint32[B, N], random bits of each token; unit_lo, k, n: int32[B, N]; ok: bool[B, N].
+      bound: draws of a likelihood bound choose uniformly.
+
+    Returns:
+      hit bool[B, N], marginal float32[B, N].
+    """
+    del bound
+    return ok & (rows.rank_in_unit(unit_lo, score, ok) < k), k / jnp.maximum(n, 1)
+
+  def ranks(self, row, lo, hit) -> Array:
+    if self.order == "logical":
+      return super().ranks(row, lo, hit)
+    doc_lo, _ = rows.doc_bounds(row.doc)
+    # Ranked by coordinate, the tokens that are not hit before those that are.
+    return lo - doc_lo + rows.rank_in_unit(lo, rows.coordinates(lo) + jnp.zeros_like(lo), ~hit[:, 0])
 
   def levels(self, row, lo, hi, key, at, step, bound) -> Array:
     """Level t in (0, 1] of each token's unit, float32[B, N]. `at` keys the draw, `step` the schedules."""

@@ -110,12 +110,22 @@ class Corruption:
       return None
     return rng.doc_uniform(row, key, at, 0, rng.DROP) < self.drop
 
+  def ranks(self, row: Row, lo: Array, hit: Array) -> Array:
+    """Generation rank of every token inside its document, int32[B, N]: here the logical order.
+
+    Args:
+      lo: start of each token's block, int32[B, N].
+      hit: bool[B, C, N], what is corrupted, or not committed yet.
+    """
+    del lo, hit
+    doc_lo, _ = rows.doc_bounds(row.doc)
+    return rows.coordinates(doc_lo) - doc_lo
+
   def noise(self, row, lo, hi, hit, level, marginal=None, nelbo=None, **kw) -> Noise:
-    """Assembles a Noise; `order` is the logical order unless given."""
+    """Assembles a Noise; `order` is the corruption's `ranks` unless given."""
     marginal = level if marginal is None else marginal
     if "order" not in kw:
-      doc_lo, _ = rows.doc_bounds(row.doc)
-      kw["order"] = rows.coordinates(doc_lo) - doc_lo
+      kw["order"] = self.ranks(row, lo, hit)
     return Noise(
       level=level,
       hit=hit,

@@ -31,7 +31,7 @@ from genmodels.objectives import relations
 Array = jax.Array
 
 ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
-WEIGHTS = ("one", "inverse_marginal", "nelbo")
+WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart")
 NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
 
 
@@ -46,7 +46,9 @@ class Term:
       semantics), "shift_clean_boundary" as shift, but the first token of a block is read from the
       clean stream's last slot before it, as block decoders with a shifted head do at inference.
     on: "hit" scores corrupted tokens only, "all" every TEXT token.
-    weight: "one", "inverse_marginal" = 1/P(hit), "nelbo" = the corruption's bound weight.
+    weight: "one", "inverse_marginal" = 1/P(hit), "nelbo" = the corruption's bound weight, "cart" = by the
+      distance of the tokens that are shown, see `rows.geometric_context`.
+    cart_p: decay of "cart".
     normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
       mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
     scale: λ of the term, a number or a schedule; reports stay unscaled.
@@ -57,6 +59,7 @@ class Term:
   align: str = "same"
   on: str = "all"
   weight: str = "one"
+  cart_p: float = 0.1
   normaliser: str = "all_valid"
   scale: Schedule = 1.0
 
@@ -70,6 +73,8 @@ class Term:
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+    if not 0 < self.cart_p < 1:
+      raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +257,9 @@ class Objective:
       weight = weight * noise.nelbo[:, copy]
     elif term.weight == "inverse_marginal":
       weight = weight / jnp.maximum(noise.marginal[:, copy], 1e-6)
+    elif term.weight == "cart":
+      shown = (row.doc >= 0) & ~noise.hit[:, copy]
+      weight = weight * rows.geometric_context(row.doc, shown, term.cart_p)
     doc_lo, doc_hi = rows.doc_bounds(row.doc)
     if term.normaliser == "answer_len":
       weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)

@@ -82,6 +82,12 @@ def _weights(objective) -> list[str]:
   c = objective.corruption
   biased = getattr(c, "count", "exact") == "round" or getattr(c, "retries", 0) > 0
   for name, term in objective.terms.items():
+    if getattr(c, "bias", 0) > 0 and term.weight == "nelbo" and not objective.reproduction:
+      raise ConfigError(
+        "tokens that are not masked uniformly have no bound weight",
+        key=f"objective.terms.{name}.weight", value=term.weight,
+        fix="weight='inverse_marginal' (the true marginal of each token) or 'one', or corruption.bias=0",
+      )  # fmt: skip
     if biased and term.weight != "one" and not objective.reproduction:
       raise ConfigError(
         "the weight is not the inverse of the corruption's true marginal (rounded counts or redraws)",

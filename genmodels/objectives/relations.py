@@ -17,7 +17,9 @@ NAMED = {
   "bd3": ("BLK_EQ", "BLK_LT", "BLK_LE"),  # BD3-LM, SDAR, Fast-dLLM v2, Efficient-DLM, LLaDA2
   "context_causal": ("BLK_EQ", "BLK_LT", "POS_LE"),  # NBDiff, TiDAR
   "idlm": ("BLK_EQ&POS_LE", "BLK_LT", "POS_LE"),  # I-DLM
+  "wedlm": ("BLK_EQ&ORD_LE", "BLK_LT", "POS_LE"),  # WeDLM: causal in observed-first order
   "any_order": (None, None, "ORD_LE"),
+  "any_subset": (None, "ORD_LT", "ORD_LE"),  # AS-ARM: queries see given and earlier tokens' content
 }
 
 
@@ -38,7 +40,8 @@ def table(rule, streams: tuple[str, ...]) -> Relations:
       if s == CLEAN:
         pairs[s, s] = clean
       else:
-        pairs[s, s] = own
+        if own:
+          pairs[s, s] = own
         if CLEAN in streams and to_clean:
           pairs[s, CLEAN] = to_clean
   else:
@@ -47,4 +50,6 @@ def table(rule, streams: tuple[str, ...]) -> Relations:
   blind = [s for s in streams if not any(q == s for q, _ in pairs)]
   if blind:
     raise ValueError(f"mask {rule!r} gives the stream(s) {', '.join(blind)} of {streams} nothing to see")
-  return Relations(pairs, streams)
+  # Relations of generation order need their keys coded by it.
+  coord = {key: "order" for (_, key), relation in pairs.items() if "ORD_" in relation}
+  return Relations(pairs, streams, coord)

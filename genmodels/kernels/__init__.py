@@ -1,6 +1,6 @@
 """Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
 
-from genmodels.kernels.attention import attention, bounded, explain, merge, plan, resolve
+from genmodels.kernels.attention import attention, bounded, explain, gradients, merge, plan, resolve
 from genmodels.kernels.cross_entropy import chunked_map, nll, project
 from genmodels.kernels.decode import DecodePlan, Segment, decode, decode_plan
 from genmodels.kernels.target import Target, building_for, current
@@ -20,6 +20,7 @@ __all__ = [
   "decode",
   "decode_plan",
   "explain",
+  "gradients",
   "merge",
   "nll",
   "plan",

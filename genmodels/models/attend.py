@@ -1,13 +1,15 @@
-"""Attention and table lookups over the mesh: rows over data × fsdp, heads over tensor, queries over context.
+"""Attention and table lookups over the mesh: rows over data × fsdp, heads over tensor, slots over context.
 
 Kernels see local rows and heads only. Tile lists are built once per call and mask pattern, on each
-device for its own rows and queries, and every layer shares them.
+device for its own rows and queries, and every layer shares them. Over the context axis keys are gathered or
+go round, see kernels.context.
 
 Legend: B rows · S slots · H query heads · G key heads · K head dimension · Lc cached keys.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from genmodels import kernels
+from genmodels.kernels import context
 from genmodels.masks import AttnMask
 from genmodels.parallel import current_mesh
 from genmodels.parallel.rules import BATCH_AXES
@@ -69,6 +72,7 @@ def plans(
   masks: dict[str, AttnMask],
   rows: int,
   implementation: str = "auto",
+  strategy: str | None = None,
   *,
   tiles=None,
   capacity=None,
@@ -77,6 +81,8 @@ def plans(
   """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own.
 
   Args:
+    strategy: one of context.STRATEGIES for keys that are split over the context axis as the queries are; None
+      for keys that every context shard holds whole (with a cache).
     tiles, capacity: as of `kernels.plan`.
     decode: (query heads, key heads) of the model: plans for `attention` with a cache.
   """
@@ -93,8 +99,17 @@ def plans(
   for name, mask in masks.items():
     b, c = split(mesh, BATCH_AXES, rows), split(mesh, ("context",), mask.lo.shape[2])
     r = b if mask.code.shape[0] > 1 else None
-    spec = AttnMask(P(r), P(r, None, c), P(r, None, c))
-    out[name] = jax.shard_map(build, mesh=mesh, in_specs=(spec,), out_specs=P(b + c))(mask)
+    along = c if strategy else ()
+    spec = mask.replace(code=P(r, along), lo=P(r, None, c), hi=P(r, None, c))
+    made, specs = build, P(b + c)
+    if c and strategy:
+      local = mask.local if mask.shards == mesh.shape["context"] else ()
+      made = functools.partial(
+        context.plan, axis="context", strategy=strategy, local=local, tiles=tiles,
+        implementation=implementation, capacity=capacity,
+      )  # fmt: skip
+      specs = context.specs(strategy, local, b + c)
+    out[name] = jax.shard_map(made, mesh=mesh, in_specs=(spec,), out_specs=specs)(mask)
   return out
 
 
@@ -104,17 +119,21 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
 
   Args:
     q: [B, S, H, K]; k, v: [B, S, G, K].
-    plan: of this call's mask. cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None. With a
-      cache both plans are made with `decode`.
+    plan: of this call's mask, from `plans`.
+    cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None. With a cache both plans are made
+      with `decode`.
 
   Returns:
     [B, S, H, K].
   """
   options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
+  over_slots = kernels.attention
+  if isinstance(plan, context.Plan):
+    over_slots = functools.partial(context.attention, axis="context")
 
   def local(q, k, v, plan, cache):
     if cache is None:
-      return kernels.attention(q, k, v, plan, **options)
+      return over_slots(q, k, v, plan, **options)
     return kernels.decode(q, [kernels.Segment(*cache), kernels.Segment(k, v, plan)], **options)
 
   mesh = active_mesh()
@@ -124,10 +143,13 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
   t = split(mesh, ("tensor",), q.shape[2])
   repeats = _repeats(mesh, q.shape[2], k.shape[2])
   widen = lambda x: jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
-  heads, keys = P(b, c, t), P(b, None, t)
+  heads, whole, lists = P(b, c, t), P(b, None, t), P(b + c)
   if cache is not None:
     cache = (widen(cache[0]), widen(cache[1]), cache[2])
-  specs = (heads, keys, keys, P(b + c), None if cache is None else (keys, keys, P(b + c)))
+  own, keys = lists, whole
+  if isinstance(plan, context.Plan):
+    own, keys = context.specs(plan.strategy, plan.local, b + c), heads
+  specs = (heads, keys, keys, own, None if cache is None else (whole, whole, lists))
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads)(q, widen(k), widen(v), plan, cache)
 
 

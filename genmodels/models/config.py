@@ -216,6 +216,7 @@ class TrunkConfig:
     attention: implementation of attention ("auto", see `kernels.resolve`); attention_tiles: (queries, keys)
       of its tiles, None for the kernel's own choice; attention_capacity: share of the worst case that its
       tile lists have room for in training, None for all of it. See docs/models.md.
+    context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
   """
 
@@ -257,6 +258,7 @@ class TrunkConfig:
   attention: str = "auto"
   attention_tiles: tuple[int, ...] | None = None
   attention_capacity: float | None = None
+  context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
 
   def __post_init__(self):

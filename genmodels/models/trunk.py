@@ -190,7 +190,7 @@ def plans(cfg: TrunkConfig, inputs: Inputs) -> dict:
   """Tile lists of a call without a cache, by mask pattern."""
   masks = {p: inputs.masks[p] for p in cfg.patterns}
   options = dict(tiles=cfg.attention_tiles, capacity=cfg.attention_capacity)
-  return attend.plans(masks, inputs.doc.shape[0], cfg.attention, **options)
+  return attend.plans(masks, inputs.doc.shape[0], cfg.attention, cfg.context, **options)
 
 
 class Trunk(nn.Module):

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
   section |= {k: v for k, v in (("draws", args.draws), ("documents", args.documents)) if v is not None}
   ecfg = config.build(heldout.EvalConfig, section, "eval")
   evaluator = heldout.Evaluator(ecfg, run.parts, run.mesh, jax.random.key(int(run.cfg.seed)))
+  if not jax.process_index():
+    print(f"attention {run.parts.attention}", file=sys.stderr)
   if args.file:
     texts = [pathlib.Path(f).read_text(encoding="utf-8") for f in args.file]
     result = evaluator.of_texts(run.trees, texts, run.step, args.block)

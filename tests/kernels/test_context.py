@@ -60,7 +60,9 @@ def sharded(mesh, mask, strategy, local, tiles=(8, 8), implementation="xla", **o
     context.attention, axis="context", return_lse=True, implementation=implementation, **options
   )
   out = (heads, P("data", "tensor", "context"))
-  f = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, specs), out_specs=out)
+  # jax's interpreter of TPU kernels is not aware of varying types (0.10.2); the compiled kernels are.
+  check = kernels.current().interpret is None
+  f = jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, specs), out_specs=out, check_vma=check)
   return lambda q, k, v: f(q, k, v, plan)
 
 
@@ -106,6 +108,15 @@ def test_shards_are_dense_attention(strategy, placement, whole):
 def test_four_shards_with_a_soft_cap(strategy, placement, whole):
   mask = mask_of(4, placement, whole)
   compare(strategy, mask, mask.local, sizes=dict(data=2, context=4), soft_cap=2.0, heads=(4, 1, 8, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy, whole", [("gather", 0), ("ring", BLOCK)])
+def test_tpu_kernels_drop_in(strategy, whole):
+  pytest.importorskip("genmodels.kernels.pallas_tpu")
+  mask = mask_of(2, "zigzag", whole)
+  with kernels.building_for(kernels.Target("cpu", interpret=True)):
+    compare(strategy, mask, mask.local, heads=(4, 2, 64, 64), tiles=None, implementation="pallas_tpu")
 
 
 @pytest.mark.slow
@@ -285,3 +296,39 @@ def test_remat_by_name_keeps_the_merged_output(strategy, forward):
     per_layer = 2 * x.size + 2 * S if name == "keep" else x.size  # the layer's input, out and LSE
     assert floats <= 3 * per_layer + w.size, (name, floats)
   assert count["keep"] < count["again"], count
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_transfers_of_the_ring_overlap_its_kernels_on_a_tpu(implementation):
+  # In the schedule of a v5e: within a step, forward (k, v) and backward (k, v, dk, dv), every permute begins
+  # before the kernels (XLA: the loop over tiles) and ends behind them.
+  pytest.importorskip("libtpu")
+  if implementation != "xla":
+    pytest.importorskip(f"genmodels.kernels.{implementation}")
+  from jax.experimental import topologies
+
+  devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+  mesh = make_mesh(MeshConfig(data=1, context=4), list(devices))
+  place = lambda spec, shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+  bounds = place(P(None, None, "context"), (1, 2, 4096), jnp.int32)
+  mask = AttnMask(place(P(None, "context"), (1, 4096), jnp.int32), bounds, bounds)
+
+  def loss(w, x, mask):
+    attend = sharded(mesh, mask, "ring", (), (512, 512), implementation, scale=0.1)
+    layer = lambda x, w: (x + attend(x @ w[0], x @ w[1], x @ w[2])[0], None)
+    return jax.lax.scan(layer, x, w)[0].astype(jnp.float32).sum()
+
+  x = place(P(None, "context"), (1, 4096, 2, 128), jnp.bfloat16)
+  w = place(P(), (3, 3, 128, 128), jnp.bfloat16)
+  with kernels.building_for(kernels.Target.of(devices[0])):
+    text = jax.jit(jax.grad(loss)).lower(w, x, mask).compile().as_text()
+  begin, end = "collective-permute-start", "collective-permute-done"
+  work = 'while|custom-call(?=.*"tpu_custom_call")'
+  steps = [re.findall(rf" = .*? ({begin}|{end}|{work})\(", body) for body in text.split("\n\n")]
+  steps = [[op if op in (begin, end) else "work" for op in s] for s in steps]
+  steps = [
+    [op for i, op in enumerate(s) if op != "work" or s[i - 1] != op] for s in steps
+  ]  # kernels in a row
+  overlapped = [n for n in (2, 4) for s in steps if s == [begin] * n + ["work"] + [end] * n]
+  assert overlapped == [2, 4], [s for s in steps if s]

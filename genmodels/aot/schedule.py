@@ -105,10 +105,14 @@ class Compiled:
   kernels: tuple[Kernel, ...]
 
   def kernel(self, name: str) -> Kernel:
-    """The only Pallas call of that name. KeyError: not one such; ValueError: it did not compile."""
+    """The only Pallas call of that name; under autodiff a name is wrapped: "jvp_name_".
+
+    Raises:
+      KeyError: not one such. ValueError: the job did not compile.
+    """
     if self.error is not None:
       raise ValueError(f"{self.job} did not compile: {self.error}")
-    found = [k for k in self.kernels if k.name == name]
+    found = [k for k in self.kernels if re.fullmatch(rf"(\w+_)?{re.escape(name)}_*", k.name)]
     if len(found) != 1:
       raise KeyError(f"one kernel {name!r} among {[k.name for k in self.kernels]}")
     return found[0]
@@ -143,11 +147,12 @@ def compile_all(
   jobs = list(jobs)
   results: dict[int, Compiled] = {}
   failures: list[str] = []
+  processes: list[subprocess.Popen] = []
   lock = threading.Lock()
 
   def work(share: list[int]) -> None:
     try:
-      for at, made in _child(jobs, share):
+      for at, made in _child(jobs, share, processes):
         with lock:
           results[at] = made
           if progress is not None:
@@ -161,14 +166,19 @@ def compile_all(
   ]
   for t in threads:
     t.start()
-  for t in threads:
-    t.join()
+  try:
+    for t in threads:
+      t.join()
+  except BaseException:  # an interrupt: the children would go on
+    for process in processes:
+      process.kill()
+    raise
   if failures:
     raise RuntimeError("; ".join(failures))
   return [results[i] for i in range(len(jobs))]
 
 
-def _child(jobs: Sequence[Job], share: list[int]):
+def _child(jobs: Sequence[Job], share: list[int], processes: list[subprocess.Popen]):
   """(index, Compiled) of the jobs of a share as a process of their own gets them done."""
   from genmodels.aot import topology
 
@@ -178,7 +188,7 @@ def _child(jobs: Sequence[Job], share: list[int]):
       # The final passes only: 5 to 20 MB instead of 100 to 500.
       "--xla_jf_dump_llo_pass_label_regex=.*final.*"
     )
-    env = {**topology.environment(), **os.environ, "JAX_PLATFORMS": "cpu"}
+    env = {**topology.environment("cpu"), **os.environ, "JAX_PLATFORMS": "cpu"}
     env["LIBTPU_INIT_ARGS"] = f"{env.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
     env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     with tempfile.TemporaryFile("w+") as errors:
@@ -186,6 +196,7 @@ def _child(jobs: Sequence[Job], share: list[int]):
         [sys.executable, "-m", "genmodels.aot.schedule", folder],
         env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
       )  # fmt: skip
+      processes.append(process)
       try:
         process.stdin.write(json.dumps([dataclasses.asdict(jobs[i]) for i in share]))
         process.stdin.close()

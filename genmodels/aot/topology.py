@@ -113,10 +113,9 @@ def chip(topology: str) -> Chip:
   return CHIPS[alias[topology]]
 
 
-def environment() -> dict[str, str]:
-  """What libtpu wants to find in the environment when it is loaded, for child processes too."""
-  alone = jax.config.jax_platforms == "cpu"
-  return _ALWAYS | (_WITHOUT_TPU if alone else {})
+def environment(platforms: str | None) -> dict[str, str]:
+  """What libtpu wants to find in the environment when a process with these JAX_PLATFORMS loads it."""
+  return _ALWAYS | (_WITHOUT_TPU if platforms == "cpu" else {})
 
 
 def missing() -> str | None:
@@ -146,7 +145,7 @@ def devices(topology: str) -> list[jax.Device]:
   if not _NAME.fullmatch(topology):
     raise ValueError(f"aot: a topology is 'chip:bounds' such as 'v5p:2x2x1', got {topology!r}")
   chip(topology)
-  for name, value in environment().items():
+  for name, value in environment(jax.config.jax_platforms).items():
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
 

@@ -129,8 +129,8 @@ def attention(
     return_lse: also return the log-sum-exp of the logits, natural log.
     implementation: see `resolve`.
     tiles: tile sizes; not with a plan, which has its own.
-    deterministic: ask for bit-equal repeats where an implementation has a faster way without. The
-      implementations of this build are always deterministic.
+    deterministic: ask for bit-equal repeats where an implementation has a faster way without: gradients of
+      "pallas_gpu" up to head size 128. All else always is.
 
   Returns:
     out [B, Lq, H, Dv] in q's dtype; with `return_lse` (out, lse float32[B, H, Lq]).

@@ -8,7 +8,7 @@ over a whole line and over the query heads of a key head: no atomics, no buffers
 (specs: kernels §7; online softmax: Milakov & Gimelshein 2018; tiles: Dao 2023.)
 
 Legend: B rows · L, Lq queries · Lk keys · H query heads · Hk key heads · G queries per key head · D, Dv
-head sizes · T intervals · q, k queries and keys of a tile · c keys of a part of it · n entries.
+head sizes · T intervals · q, k queries and keys of a tile · c keys of a part of it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
-__all__ = ["Plan", "Tiles", "attend", "attend_pages", "plan", "unavailable", "vmem_bytes"]
+__all__ = ["Plan", "Tiles", "attend", "attend_pages", "gradients", "plan", "unavailable", "vmem_bytes"]
 
 _MSB = -(2**31)
 _MIB = 2**20
 
 
 class _Options(NamedTuple):
+  """What the kernels close over; `interpret` and `vmem` (bytes) are of the target at the forward trace."""
+
   scale: float
   soft_cap: float | None
   interpret: Any
@@ -66,6 +68,14 @@ def attend(
   del deterministic  # it always is
   operands = (q, k, v, plan)
   return _attend(_options(scale, soft_cap), *vary(operands, axes_of(operands)))
+
+
+def gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic=False):
+  """dq, dk, dv of one key segment; arguments as in `kernels.gradients`."""
+  del deterministic
+  operands = (q, k, v, plan, out, lse), (d_out, d_lse)
+  residuals, cotangents = vary(operands, axes_of(operands))
+  return _backward(_options(scale, soft_cap), residuals, cotangents)[:3]
 
 
 def attend_pages(
@@ -269,24 +279,28 @@ class _Place:
     self.group = self.heads // self.key_heads
     self.shared = plan.code.shape[0] == 1
     self.columns = -(-plan.lengths[1] // sizes.k)
-    self.density, self.pairs = plan.tiles.density, math.prod(plan.lengths)
+    lines = -(-plan.lengths[1] // sizes.k) if by_key else -(-plan.lengths[0] // sizes.q)
+    share = plan.tiles.density * (layout.stop - layout.start) / lines
+    self.pairs = int(share * self.rows * self.heads * math.prod(plan.lengths))
     self.kind = jax.typeof(q).manual_axis_type
 
   def lines(self, size: int) -> slice:
     return slice(self.layout.start * size, self.layout.stop * size)
 
+  # Each gives the shape of an operand's block, and its index at (first grid index, entry, and g of the dk/dv
+  # grid or the table of pages).
+
   def per_query(self, x):
-    return (None, None, self.sizes.q, x.shape[3]), lambda h, e, *g: (
-      *(*self._query_head(h, e, *g), self._i(e), 0),
-    )
+    index = lambda h, e, *g: (*self._query_head(h, e, *g), self._i(e), 0)
+    return (None, None, self.sizes.q, x.shape[3]), index
 
   def per_query_lane(self, x):
-    return (None, None, x.shape[2], self.sizes.q), lambda h, e, *g: (
-      *(*self._query_head(h, e, *g), 0, self._i(e)),
-    )
+    index = lambda h, e, *g: (*self._query_head(h, e, *g), 0, self._i(e))
+    return (None, None, x.shape[2], self.sizes.q), index
 
   def per_key(self, x):
-    return (None, None, self.sizes.k, x.shape[3]), lambda h, e, *_: (*self._key_head(h, e), self._j(e), 0)
+    index = lambda h, e, *_: (*self._key_head(h, e), self._j(e), 0)
+    return (None, None, self.sizes.k, x.shape[3]), index
 
   def per_page(self, x):
     def index(h, e, pages):
@@ -302,9 +316,8 @@ class _Place:
     return (None, x.shape[1], self.sizes.q), lambda h, e, *_: (self._mask_row(e), 0, self._i(e))
 
   def bounds_of_term(self, x):
-    return (None, None, 2, self.sizes.q), lambda h, e, *_: (
-      *(self._mask_row(e), self.layout.term_of(e), 0, self._i(e)),
-    )
+    index = lambda h, e, *_: (self._mask_row(e), self.layout.term_of(e), 0, self._i(e))
+    return (None, None, 2, self.sizes.q), index
 
   def _i(self, e):
     return self.layout.column_of(e) if self.by_key else self.layout.line_of(e)
@@ -336,7 +349,8 @@ class _Place:
     """Runs a kernel over the entries of a list.
 
     Args:
-      inputs, outputs: (array or its shape, method that gives its block); scratch: (shape, dtype).
+      inputs, outputs: (array or its shape, method that gives its block), k and v second and third.
+      scratch: (shape, dtype).
       temporaries: arrays of q × c scores alive at a time; flops: of a visible pair.
       pages: as `attend_pages`, for blocks `per_page`.
     """
@@ -357,8 +371,8 @@ class _Place:
     in_specs, out_specs = ([spec(*x) for x in xs] for xs in (inputs, outputs))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=self.kind) for x, _ in outputs]
     blocks = [(s.block_shape, x.dtype) for s, x in zip(in_specs + out_specs, arrays + shapes)]
-    pairs = int(self.density * self.rows * self.heads * self.pairs)
     size = lambda x: x.size * x.dtype.itemsize
+    key = sum(x.shape[3] * x.dtype.itemsize for x in arrays[1:3])  # k and v of one key
     wanted = vmem_bytes(blocks, scratch, temporaries * self.sizes.q * self.sizes.k_compute * 4)
     if wanted > self.options.vmem and self.options.interpret is None:
       raise ValueError(
@@ -380,9 +394,9 @@ class _Place:
         vmem_limit_bytes=min(max(16 * _MIB, wanted * 3 // 2), self.options.vmem - 2 * _MIB),
       ),
       cost_estimate=pl.CostEstimate(
-        flops=pairs * flops,
-        transcendentals=pairs,
-        bytes_accessed=sum(map(size, arrays + shapes)) + pairs // self.sizes.q * 2 * size(arrays[1][0, 0, 0]),
+        flops=self.pairs * flops,
+        transcendentals=self.pairs,
+        bytes_accessed=sum(map(size, arrays + shapes)) + self.pairs // self.sizes.q * key,
       ),
       interpret=self.options.interpret or False,
       name=name,

@@ -194,16 +194,17 @@ class Chip:
 
 
 _MIB = 2**20
-# By the start of jax's device_kind, the first match wins. 1024 × 1024 is what a 256-wide matrix unit needs.
+# By the start of jax's device_kind, the first match wins. 1024 × 1024 is what a 256-wide matrix unit needs;
+# 512 × 1024 in two parts costs a 128-wide one what two tiles of 512 × 512 do, in half the grid steps.
 _CHIPS = {
   "TPU v4": Chip(16 * _MIB, (512, 512), (512, 512), (512, 512)),
-  "TPU v5 lite": Chip(128 * _MIB, (512, 1024), (512, 512), (1024, 1024)),
-  "TPU v5e": Chip(128 * _MIB, (512, 1024), (512, 512), (1024, 1024)),
-  "TPU v5": Chip(64 * _MIB, (512, 1024), (512, 512), (1024, 1024)),
+  "TPU v5 lite": Chip(128 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
+  "TPU v5e": Chip(128 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
+  "TPU v5": Chip(64 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
   "TPU v6": Chip(128 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024)),
   "TPU7": Chip(64 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024)),
 }
-_UNKNOWN = Chip(64 * _MIB, (512, 1024), (512, 512), (1024, 1024))
+_UNKNOWN = Chip(64 * _MIB, (512, 1024), (512, 1024), (1024, 1024))
 _LONG = 16 * 1024
 
 
@@ -232,9 +233,9 @@ def _fit(edge: int, length: int) -> int:
 def _sizes(given: tuple) -> Sizes:
   q, k, *rest = given
   part = rest[0] if rest and rest[0] else None
-  if part is None:  # about 512 keys a product
-    part = next((k // n for n in range(max(1, k // 512), 5) if k % n == 0 and (k // n) % LANES == 0), k)
-    part = part if part >= 256 else k
+  if part is None:  # as few products of at most 512 keys as divide the tile evenly, but none below 256
+    counts = range(-(-k // 512), k // 256 + 1)
+    part = next((k // n for n in counts if k % (n * LANES) == 0), k)
   if k % part:
     raise ValueError(f"plan: k_compute={part} must divide the tile's {k} keys")
   return Sizes(q, k, part)

@@ -113,7 +113,6 @@ def test_four_shards_with_a_soft_cap(strategy, placement, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy, whole", [("gather", 0), ("ring", BLOCK)])
 def test_tpu_kernels_drop_in(strategy, whole):
-  pytest.importorskip("genmodels.kernels.pallas_tpu")
   mask = mask_of(2, "zigzag", whole)
   with kernels.building_for(kernels.Target("cpu", interpret=True)):
     compare(strategy, mask, mask.local, heads=(4, 2, 64, 64), tiles=None, implementation="pallas_tpu")

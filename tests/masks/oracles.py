@@ -1,7 +1,7 @@
 """Every mask twice: our builder, and a predicate on pairs written from the paper's definition.
 
 The predicates are plain Python on token indices and know nothing of codes or intervals. `rows(seed)`
-draws random packed rows with padding, ragged blocks, cuts, orders, spans.
+draws random packed rows with padding, ragged blocks, cuts, orders, spans, of any length.
 
 Legend: B rows · N clean tokens of a row · S slots = streams · N.
 """
@@ -33,8 +33,8 @@ class Rows:
   cut: Any  # local, one per document
 
 
-def rows(seed: int) -> Rows:
-  """Random rows; the last document of row 0 is followed by padding."""
+def rows(seed: int, N: int = N) -> Rows:
+  """Random rows of N tokens; the last document of row 0 is followed by padding."""
   rng = np.random.default_rng(seed)
   out = {f.name: np.zeros((B, N), int) for f in dataclasses.fields(Rows)}
   out["clean"] = rng.random((B, N)) < 0.5
@@ -140,7 +140,7 @@ def _frames(size, last, sink):
   return pred
 
 
-SCALES = (1, 4, 9, 16)
+SCALES = (1, 4, 9, 16, 25, 36, 64, 100)
 
 
 def _scale(r, b, qs, i, ks, j):
@@ -154,8 +154,14 @@ def _scale(r, b, qs, i, ks, j):
   return level(j) <= level(i)
 
 
+def _active(r):
+  """The active block of each row, int[B], first and end."""
+  n = r.doc.shape[1]
+  return np.array([3 * n // 8, 3 * n // 8 + 1]), np.array([7 * n // 12] * 2)
+
+
 def _decode(r, b, qs, i, ks, j):
-  start, end = 9 + b, 14
+  start, end = (x[b] for x in _active(r))
   if start <= i < end and start <= j < end:
     return True
   return j <= i
@@ -215,7 +221,7 @@ CASES = {
     _context_causal(_blk, _WITHIN),
   ),
   "nbdiff_decode": (
-    lambda r: builders.nbdiff_decode(r.doc * 0, np.array([[9], [10]]), np.array([[14], [14]])),
+    lambda r: builders.nbdiff_decode(r.doc * 0, *(x[:, None] for x in _active(r))),
     "c",
     _decode,
   ),
@@ -223,17 +229,22 @@ CASES = {
   "eso_ordered": (lambda r: builders.eso_ordered(r.doc, r.start + r.rank), "nc", _eso_ordered),
   "frame_window": (lambda r: builders.frame_window(r.doc, 3, 2, 1), "c", _frames(3, 2, 1)),
   "shared_prefix": (lambda r: builders.shared_prefix(r.doc, *_prompt(r)), "c", None),
-  "tidar_decode": (lambda r: builders.tidar_decode(np.array([[7], [10]]), 3, 16), None, None),
+  "tidar_decode": (
+    lambda r: builders.tidar_decode(_committed(r)[:, None], 3, r.doc.shape[1] - 8),
+    None,
+    None,
+  ),
 }
 
 
 def _prompt(r):
   """Document 0 is the prompt of all others; itself and padding have none."""
   end = (r.doc == 0).sum(1, keepdims=True)
-  return np.zeros((B, N), int), np.where(r.doc > 0, end, 0)
+  return np.zeros(r.doc.shape, int), np.where(r.doc > 0, end, 0)
 
 
 def _shared_prefix(r):
+  N = r.doc.shape[1]
   out = np.zeros((B, N, N), bool)
   for b in range(B):
     for i in range(N):
@@ -243,7 +254,12 @@ def _shared_prefix(r):
   return out
 
 
-def _tidar(prefixes=(7, 10), K=3, length=16):
+def _committed(r):
+  n = r.doc.shape[1]
+  return np.array([n // 3 - 1, n // 3 + 2])
+
+
+def _tidar(prefixes, length, K=3):
   """Slots: committed and drafts at 0 … P + K − 1; group j: K masks that follow j accepted drafts."""
   S = length + (K + 1) * K
   out = np.zeros((len(prefixes), S, S), bool)
@@ -264,9 +280,9 @@ def dense(name: str, r: Rows) -> np.ndarray:
   if name == "shared_prefix":
     return _shared_prefix(r)
   if name == "tidar_decode":
-    return _tidar()
+    return _tidar(_committed(r), r.doc.shape[1] - 8)
   doc = r.doc * 0 if name == "nbdiff_decode" else r.doc
-  slots = [(s, n) for s in streams for n in range(N)]
+  slots = [(s, n) for s in streams for n in range(r.doc.shape[1])]
   out = np.zeros((B, len(slots), len(slots)), bool)
   for b in range(B):
     for x, (qs, i) in enumerate(slots):

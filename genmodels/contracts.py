@@ -211,7 +211,8 @@ class Outputs:
     dists: {term: Dist}, one for each Target given.
     new: {pattern: …}, keys, values and codes of this call's slots, for `write_cache`; None if no
       cache was passed.
-    work: {"slots": int32, "pairs": {pattern: int32[B, S]}} of this call, for FLOP counts.
+    work: {"slots": int32, "pairs": {pattern: int32[B, S]}} of this call, for FLOP counts, and "overflow"
+      {pattern: int32}, tile lists that were too short, where they may be.
     layers: named intermediates (final hidden state), for probes and teachers.
   """
 

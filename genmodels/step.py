@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genmodels import metrics, optim
+from genmodels import metrics, optim, system
+from genmodels import state as states
 from genmodels.contracts import Row
 from genmodels.objectives.base import Nets, Objective
+from genmodels.parallel import multihost, rules
 from genmodels.state import TrainState
 
 Array = jax.Array
@@ -193,3 +195,110 @@ def evaluated_trees(state: TrainState, cfg: StepConfig) -> dict:
   """The trees to evaluate and to sample from: the average where one is kept."""
   model = state.trees["ema"] if cfg.ema else optim.eval_params(state.opt["model"], state.trees["model"])
   return {**state.trees, "model": model}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A training step on a mesh and the state it moves. Nothing is compiled, no array is made: the mesh may be
+  of devices that are not here.
+
+  Use everything inside `rules.use_mesh(mesh)`.
+
+  Fields:
+    parts, mesh, accumulate: what it was made of.
+    step: (state, row, key) -> (state, metrics), not jitted; jitted: the same, compiled on its first call,
+      the state donated.
+    state: TrainState of ShapeDtypeStructs with their shardings. key: of the run, alike.
+    fresh: jitted, key -> a new state in place. rebuild: jitted, trees -> a state around them.
+    lr: step -> learning rate. moving: bool tree, what is trained.
+    shapes, axes: of the parameters. dropped: parameters left whole where the mesh does not divide them.
+  """
+
+  parts: Any
+  mesh: Any
+  accumulate: int
+  step: Callable
+  jitted: Callable
+  state: TrainState
+  key: jax.ShapeDtypeStruct
+  fresh: Callable
+  rebuild: Callable
+  lr: Callable
+  moving: Any
+  shapes: Any
+  axes: Any
+  dropped: tuple[str, ...]
+
+  def rows(self, count: int = 0) -> Row:
+    """The global batch (or `count` rows) as ShapeDtypeStructs with their shardings; reads one row of data."""
+    count = count or int(self.parts.cfg.batch_size)
+    tokens, others = rules.batch_sharding(self.mesh), rules.row_sharding(self.mesh)
+
+    def shape(name, x):
+      sharding = tokens if name in multihost.TOKEN_ARRAYS else others
+      return jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return system.row_of({name: shape(name, x) for name, x in self.parts.data.batch(0, [(0, 1)]).items()})
+
+  def lower(self):
+    """The step lowered for the mesh's devices: `.compile()` it to learn its memory before there are any."""
+    with rules.use_mesh(self.mesh):
+      return self.jitted.lower(self.state, self.rows(), self.key)
+
+  def tiles(self) -> dict[str, Any]:
+    """{mask pattern: tile sizes} of the attention of a training step."""
+    parts = self.parts
+
+    def plans(row, key):
+      return parts.model.plans(parts.objective.prepare(row, key, jnp.int32(0), parts.latent)[0])
+
+    with rules.use_mesh(self.mesh):
+      made = jax.eval_shape(plans, self.rows(int(parts.cfg.batch_size) // self.accumulate), self.key)
+    return {pattern: plan.tiles for pattern, plan in made.items()}
+
+
+def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, steps: int, mesh) -> Program:
+  """The training step of a system, as the trainer runs it.
+
+  Args:
+    steps: length of the run, for the schedule.
+
+  Raises:
+    ValueError: parameters that the mesh does not divide, a schedule that does not fit.
+  """
+  model, objective = parts.model, parts.objective
+  shapes, axes = model.abstract_params(), model.logical_axes()
+  tx, lr = optim.build(ocfg, shapes, axes, steps)
+  begin = lambda trees: states.create(trees, {"model": tx}, initial_stats(cfg))
+
+  def fresh(key):
+    params = model.init(key)
+    return begin({"model": params, "ema": params} if cfg.ema else {"model": params})
+
+  dropped: list[str] = []
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rules.replicated(mesh))
+  with rules.use_mesh(mesh):
+    abstract = jax.eval_shape(fresh, key)
+    placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
+    shardings = states.shardings(abstract, {"model": placed}, mesh)
+    state = states.abstract(fresh, key, shardings=shardings)
+  moving = optim.trainable(ocfg, shapes)
+  sources = len(parts.data.meta.sources)
+  step = make_train_step(objective, parts.fns, tx, cfg, parts.latent, sources, moving)
+  return Program(
+    parts=parts,
+    mesh=mesh,
+    accumulate=cfg.accumulate,
+    step=step,
+    jitted=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+    state=state,
+    key=key,
+    fresh=jax.jit(fresh, out_shardings=shardings),
+    rebuild=jax.jit(begin, out_shardings=shardings),
+    lr=lr,
+    moving=moving,
+    shapes=shapes,
+    axes=axes,
+    dropped=tuple(dropped),
+  )

@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from genmodels import config, data, latents, models, objectives
+from genmodels import config, data, kernels, latents, models, objectives
 from genmodels.config import ConfigError
 from genmodels.contracts import Documents, Row
 from genmodels.objectives import laws
+from genmodels.parallel import rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,9 @@ class System:
   Fields:
     cfg: the ConfigDict.
     data: the Data room's object; latent: a bound Latent or None.
-    objective, model: built and checked against each other.
+    objective, model: built and checked against each other; the model's attention is resolved.
     fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; the model, and views of its tree.
+    attention: the implementation of attention and why, for people.
     notes: warnings for people, printed once.
   """
 
@@ -34,19 +36,29 @@ class System:
   objective: Any
   model: Any
   fns: dict[str, Callable]
+  attention: str = ""
   notes: tuple[str, ...] = ()
 
+  @property
+  def exact(self):
+    """The model with tile lists for the worst case: for evaluation and sampling."""
+    return models.build(dataclasses.replace(self.model.cfg, attention_capacity=None))
 
-def build(cfg, *, workdir: str = "") -> System:
+
+def build(cfg, *, workdir: str = "", mesh=None) -> System:
   """Builds and checks a system.
 
   Args:
     workdir: keeps the data plan, and shards of a data section that prepares its own.
+    mesh: where it will run, for the choice of "auto" attention: it is made here, once. None: the default
+      devices.
 
   Raises:
-    ConfigError: names the key, the value, the reason and the fix.
+    ConfigError: names the key, the value, the reason and the fix; a pinned attention that cannot run there,
+      before any data are read.
     DataError: what is wrong with the data on disk.
   """
+  implementation, why = _attention(config.plain(cfg.model), mesh)
   cost = objectives.layout(cfg.objective).cost
   source = data.build(cfg.data, cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
@@ -54,10 +66,14 @@ def build(cfg, *, workdir: str = "") -> System:
   if latent is not None:
     meta |= latent.meta
   objective = objectives.build(cfg.objective, meta)
-  model = models.build(_with_vocabulary(cfg.model, meta, objective))
+  section = _with_vocabulary(cfg.model, meta, objective) | {"attention": implementation}
+  model = models.build(section)
   _agree(objective, model)
-  notes = laws.check(objective)
-  return System(cfg, source, latent, objective, model, _functions(cfg, model), tuple(notes))
+  notes = list(laws.check(objective))
+  if model.cfg.attention_capacity is not None and not kernels.bounded(implementation):
+    notes += [f"model.attention_capacity is without effect: lists of {implementation} hold the worst case"]
+  attention = f"{implementation} ({why})"
+  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes))
 
 
 def row_of(batch: dict) -> Row:
@@ -65,6 +81,16 @@ def row_of(batch: dict) -> Row:
   side = {k.removeprefix("side/"): v for k, v in batch.items() if k.startswith("side/")}
   docs = Documents(*(batch[k] for k in ("example_id", "occurrence", "rank", "mode", "source")), side)
   return Row(*(batch[k] for k in ("tokens", "doc", "pos", "role", "modality", "index")), docs)
+
+
+def _attention(section, mesh) -> tuple[str, str]:
+  """The implementation of attention on `mesh`, and why it is that one."""
+  wanted = section.get("attention", "auto")
+  try:
+    with rules.use_mesh(mesh or rules.current_mesh()):
+      return kernels.explain(wanted)
+  except ValueError as e:
+    raise ConfigError(str(e), key="model.attention", value=wanted, fix="'auto', or 'xla'") from None
 
 
 def _with_vocabulary(section, meta, objective) -> dict:
@@ -104,7 +130,7 @@ def _agree(objective, model) -> None:
     )  # fmt: skip
 
 
-def _functions(cfg, model) -> dict[str, Callable]:
+def functions(cfg, model) -> dict[str, Callable]:
   """Networks by name: "model", and `trees.<name> = {"view": "no_lora"}`: the same tree without adapters."""
   fns = {"model": lambda trees, *a, **kw: model.apply(trees["model"], *a, **kw)}
   for name, spec in config.plain(cfg.get("trees", {}) or {}).items():

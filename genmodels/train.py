@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from genmodels import config, evals, metrics, models, optim, system
-from genmodels import state as states
 from genmodels import step as steps
 from genmodels.checkpoint import adopt, hf_export
 from genmodels.checkpoint import init as initialisation
@@ -107,12 +106,11 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       key="batch_size", value=batch_size,
       fix=f"a multiple of {shards}",
     )  # fmt: skip
-  parts = system.build(cfg, workdir=str(workdir))
+  parts = system.build(cfg, workdir=str(workdir), mesh=mesh)
   model, objective = parts.model, parts.objective
-  shapes, axes = model.abstract_params(), model.logical_axes()
-  tx, lr = optim.build(ocfg, shapes, axes, tcfg.steps)
+  program = steps.program(parts, tcfg, ocfg, tcfg.steps, mesh)
   # A table: computed when it is logged, the rate would queue behind the running step and be charged its time.
-  rates = np.asarray(jax.jit(jax.vmap(lr))(np.arange(tcfg.steps)))
+  rates = np.asarray(jax.jit(jax.vmap(program.lr))(np.arange(tcfg.steps)))
   resolved = config.resolved(
     {
       "train": tcfg,
@@ -134,44 +132,30 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   say = progress.note if lead else (lambda text: None)
   for note in parts.notes:
     say(f"note: {note}")
+  tiles = ", ".join(f"{pattern} {t[0]}×{t[1]}" for pattern, t in program.tiles().items())
+  say(f"attention {parts.attention} · tiles {tiles}")
 
   # -- state: born sharded, restored, imported or fresh -----------------------------------------------
   key = jax.jit(lambda: jax.random.key(int(cfg.seed)), out_shardings=rules.replicated(mesh))()
-
-  begin = lambda trees: states.create(trees, {"model": tx}, steps.initial_stats(tcfg))
-
-  def fresh(key):
-    params = model.init(key)
-    return begin({"model": params, "ema": params} if tcfg.ema else {"model": params})
-
-  dropped: list[str] = []
   with rules.use_mesh(mesh):
-    abstract = jax.eval_shape(fresh, key)
-    placed = rules.sharding_tree(mesh, axes, shapes, dropped=dropped)
-    shardings = states.shardings(abstract, {"model": placed}, mesh)
-    make = lambda: jax.jit(fresh, out_shardings=shardings)(key)
-    rebuild = jax.jit(begin, out_shardings=shardings)
     saver = checkpoints.Manager(workdir / "checkpoints", ccfg)
     with ledger.span("restore"):
       state, origin = initialisation.initialise(
-        saver, states.abstract(fresh, key, shardings=shardings), make, config.plain(cfg.init), tcfg.steps,
-        axes=axes, rebuild=rebuild,
+        saver, program.state, lambda: program.fresh(key), config.plain(cfg.init), tcfg.steps,
+        axes=program.axes, rebuild=program.rebuild,
       )  # fmt: skip
-  say(f"parameters {sum(x.size for x in jax.tree.leaves(shapes)):,} · mesh {dict(mesh.shape)} · {origin}")
-  for text in dropped:
+  say(f"parameters {models.count(program.shapes):,} · mesh {dict(mesh.shape)} · {origin}")
+  for text in program.dropped:
     say(f"note: replicated: {text}")
 
   # -- step, data, evaluation, samples -----------------------------------------------------------------
-  moving = optim.trainable(ocfg, shapes)
-  sources = len(parts.data.meta.sources)
-  step_fn = steps.make_train_step(objective, parts.fns, tx, tcfg, parts.latent, sources, moving)
-  compiled = step_fn if debug else jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+  compiled = program.step if debug else program.jitted
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
   attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
-  flops = metrics.model_flops(shapes, axes, attention, heads, moving)
+  flops = metrics.model_flops(program.shapes, program.axes, attention, heads, program.moving)
   start = int(state.step)
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()
@@ -182,6 +166,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     """Metrics of step `at`, fetched when the next one is already running."""
     m = jax.device_get(m)  # waits for the step: this time is the step's
     with ledger.span("metrics"):
+      _refuse_overflow(at, m["work"], model.cfg.attention_capacity)
       if at > start + 1:  # the first step's time is compilation, which no rate counts
         meter.add(
           tokens=tokens_per_step,
@@ -262,6 +247,9 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         saver.check()  # a save that failed in the background
         stop = preemption.requested(at)
         if stop or at == tcfg.steps or (tcfg.save_every and at % tcfg.save_every == 0):
+          if pending is not None:  # a step that must not stand is not saved either
+            record(*pending)
+            pending = None
           save(at, metric)
         if stop and at < tcfg.steps:
           run.stopped = True
@@ -285,6 +273,18 @@ def _examples(batch: dict, most: int = 16) -> list:
   """(source and document, piece) of the first documents of a batch, for messages."""
   used = [batch["example_id"][b, : d.max() + 1] for b, d in enumerate(batch["doc"])]
   return np.concatenate(used)[:most].tolist()
+
+
+def _refuse_overflow(at: int, work: dict, capacity) -> None:
+  """ConfigError if tile lists of step `at` were too short: its loss is NaN for that reason alone."""
+  found = {p: int(n) for w in work.values() for p, n in w.get("overflow", {}).items() if int(n)}
+  if found:
+    more = f"{min(2 * capacity, 1.0):g}, or None (room for every mask)"
+    raise ConfigError(
+      f"step {at}: the batch's mask touches more tiles than the attention's lists have room for (pattern "
+      f"{', '.join(found)}), so its loss is NaN; the update was refused and the parameters are as before",
+      key="model.attention_capacity", value=capacity, fix=more,
+    )  # fmt: skip
 
 
 def _flops(model: metrics.ModelFlops, work: dict, passes: int) -> float:

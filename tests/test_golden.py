@@ -62,6 +62,8 @@ def resolved(ref: str) -> dict:
   """Everything that decides a run: every knob of every component, defaults included."""
   s = parts(ref)
   cfg = s.cfg
+  # As configured, not as this machine resolves it.
+  model = dataclasses.replace(s.model.cfg, attention=config.plain(cfg.model).get("attention", "auto"))
   source = config.plain(cfg.data)
   if source["kind"] == "text" and not source["path"]:
     source["path"] = "<prepared data>"
@@ -71,7 +73,7 @@ def resolved(ref: str) -> dict:
       "paper": config.plain(cfg.paper),
       "seed": cfg.seed,
       "batch_size": cfg.batch_size,
-      "model": s.model.cfg,
+      "model": model,
       "latent": config.plain(cfg.get("latent")),
       "objective": s.objective,
       "data": config.build_kind(data.pipeline.REGISTRY, source, "data"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import cli, config, metrics, step, train
+from genmodels import cli, config, kernels, metrics, step, train
 from genmodels.config import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -236,6 +236,13 @@ REFUSED = {
     "language/ar", ["mesh.data=1", "mesh.fsdp=8", "model.width=36"],
     ["embed", "36", "fsdp=8", "pad"],
   ),
+  "a kernel of another platform": (
+    "language/ar", ["model.attention=pallas_tpu"],
+    ["model.attention = 'pallas_tpu'", "cannot run here", "needs a TPU", "fix: 'auto', or 'xla'"],
+  ),
+  "unknown attention": ("language/ar", ["model.attention=flash"], ["model.attention = 'flash'", "unknown", "pallas_gpu"]),
+  "attention tiles": ("language/ar", ["model.attention_tiles=(100, 64)"], ["attention_tiles=(100, 64)", "multiples of 8"]),
+  "capacity": ("language/ar", ["model.attention_capacity=2.0"], ["attention_capacity=2.0", "(0, 1]"]),
   "mesh and batch": ("language/ar", ["batch_size=12"], ["batch_size = 12", "data × fsdp", "fix: a multiple of 8"]),
 }  # fmt: skip
 
@@ -267,6 +274,82 @@ def test_a_sound_config_reaches_its_state(tmp_path, corpus, monkeypatch):
   monkeypatch.setattr(train.initialisation, "initialise", reached)
   with pytest.raises(Reached):
     run("language/ar:tiny", tmp_path, *corpus)
+
+
+def test_a_pinned_kernel_is_refused_before_data_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(train.system.data, "build", lambda *a, **k: pytest.fail("the data were opened"))
+  status, _, err = run("language/ar:tiny", tmp_path, "model.attention=pallas_gpu")
+  assert status == 2 and "model.attention = 'pallas_gpu'" in err
+  with pytest.raises(pytest.fail.Exception, match="opened"):  # the control: "auto" goes on
+    run("language/ar:tiny", tmp_path)
+
+
+def test_the_choice_of_attention_is_said(tmp_path, corpus, monkeypatch):
+  """Once, at the start: the implementation, why, its tiles; and what a section asks for in vain."""
+  monkeypatch.setattr(
+    train.initialisation, "initialise", lambda *a, **k: (_ for _ in ()).throw(ConfigError("stop"))
+  )
+  start = lambda *more: run("language/bd3lm:tiny", tmp_path / "run", *corpus, *more)[2]
+  said = start()
+  assert (
+    "attention xla (auto: no kernel of its own for cpu) · tiles full 64×64\n" in said and "note:" not in said
+  )
+  resolved = json.loads((tmp_path / "run/resolved.json").read_text())
+  assert resolved["model"]["attention"] == "xla"  # not "auto"
+  said = start("model.attention=xla", "model.attention_tiles=(16,32)", "model.attention_capacity=0.5")
+  assert "attention xla (as configured) · tiles full 16×32\n" in said
+  assert "note: model.attention_capacity is without effect" in said
+  with kernels.building_for(TPU):
+    said = start("model.attention_capacity=0.5")
+  assert "attention pallas_tpu (auto: the kernel of TPU v5p) · tiles full" in said and "note:" not in said
+
+
+# ---- tile lists that are too short
+
+TPU = kernels.Target("tpu", "TPU v5p", interpret=True)
+BOUNDED = (
+  "batch_size=2", "model.layers=1", "model.width=32", "model.mlp=32", "model.num_heads=2", "model.num_kv_heads=1", "data.seq_len=64",
+  "eval.every=0", "train.tensorboard=False", "model.attention=pallas_tpu",
+  "model.attention_tiles=(16,16)",
+)  # fmt: skip
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """The interpreter does not run in a shard_map that checks what varies over which axis."""
+  make = train.meshes.make_mesh
+  monkeypatch.setattr(train.meshes, "make_mesh", lambda cfg: make(cfg, jax.devices()[:1]))
+
+
+def test_short_tile_lists_stop_the_run_and_say_what_to_change(tmp_path, corpus, one_device):
+  """128 slots in 8 × 8 tiles and two intervals are 128 entries at worst; the mask needs 24 or so."""
+  settings = (*overrides_of("language/bd3lm", 3, corpus), *BOUNDED)
+  with kernels.building_for(TPU):
+    status, out, err = run("language/bd3lm:tiny", tmp_path / "a", *settings, "model.attention_capacity=0.05")
+  assert status == 2 and not out
+  for word in (
+    "model.attention_capacity = 0.05",
+    "step 1",
+    "pattern full",
+    "fix: 0.1, or None",
+    "parameters are as before",
+  ):
+    assert word in err, err
+  assert "update refused" not in err and "skipped" not in err  # nobody calls it a bad batch
+  assert not losses(tmp_path / "a") and not list((tmp_path / "a/checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+def test_lists_with_room_train_as_the_worst_case_does(tmp_path, corpus, one_device):
+  """The control: half the worst case is enough, and the numbers are those of plain XLA."""
+  settings = (*overrides_of("language/bd3lm", 3, corpus), *BOUNDED)
+  with kernels.building_for(TPU):
+    status, _, err = run("language/bd3lm:tiny", tmp_path / "a", *settings, "model.attention_capacity=0.5")
+  assert status == 0, err
+  status, _, err = run("language/bd3lm:tiny", tmp_path / "b", *settings, "model.attention=xla")
+  assert status == 0, err
+  a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+  np.testing.assert_allclose([a[s] for s in (1, 2, 3)], [b[s] for s in (1, 2, 3)], rtol=1e-5)
 
 
 def test_one_noisy_stream_is_noted(tmp_path, corpus, monkeypatch):

@@ -59,7 +59,8 @@ class Evaluator:
     size = block or trained
     if size not in self._made:
       with rules.use_mesh(self.mesh):
-        self._made[size] = Likelihood(objective, self.parts.fns, self.parts.latent, self.cfg.draws)
+        fns = system.functions(self.parts.cfg, self.parts.exact)
+        self._made[size] = Likelihood(objective, fns, self.parts.latent, self.cfg.draws)
     return self._made[size]
 
   def __call__(self, trees, step: int = 0, block: int = 0) -> dict:

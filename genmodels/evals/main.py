@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
   section |= {k: v for k, v in (("draws", args.draws), ("documents", args.documents)) if v is not None}
   ecfg = config.build(heldout.EvalConfig, section, "eval")
   evaluator = heldout.Evaluator(ecfg, run.parts, run.mesh, jax.random.key(int(run.cfg.seed)))
+  if not jax.process_index():
+    print(f"attention {run.parts.attention}", file=sys.stderr)
   if args.text:
     texts = [pathlib.Path(f).read_text(encoding="utf-8") for f in args.text]
     result = evaluator.of_published(run.trees, texts, args.length, run.step, args.block)

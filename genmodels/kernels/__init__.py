@@ -1,18 +1,25 @@
 """Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
 
-from genmodels.kernels.attention import attention, gradients, merge, plan, resolve
+from genmodels.kernels.attention import attention, bounded, explain, gradients, merge, plan, resolve
 from genmodels.kernels.cross_entropy import chunked_map, nll, project
+from genmodels.kernels.decode import DecodePlan, Segment, decode, decode_plan
 from genmodels.kernels.target import Target, building_for, current
 from genmodels.kernels.tiles import Plan, Tiles
 
 __all__ = [
+  "DecodePlan",
   "Plan",
+  "Segment",
   "Target",
   "Tiles",
   "attention",
+  "bounded",
   "building_for",
   "chunked_map",
   "current",
+  "decode",
+  "decode_plan",
+  "explain",
   "gradients",
   "merge",
   "nll",

@@ -7,6 +7,7 @@ sizes · T intervals of a query.
 from __future__ import annotations
 
 import importlib
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +22,41 @@ IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
 
 def resolve(implementation: str = "auto") -> str:
   """The implementation that runs on `target.current()`. Nothing falls back silently: "auto" takes the kernel
-  of the platform if it can run there, else "xla"; print what it gave.
+  of the platform if it can run there, else "xla"; print what `explain` says of it.
 
   Raises:
     ValueError: an unknown name, or a pinned implementation that cannot run here (the reason, the fix).
   """
+  return explain(implementation)[0]
+
+
+def explain(implementation: str = "auto") -> tuple[str, str]:
+  """`resolve`, and why: (implementation, reason in words). Raises as it does."""
   if implementation not in IMPLEMENTATIONS:
     known = ", ".join(IMPLEMENTATIONS)
     raise ValueError(f"attention: unknown implementation {implementation!r}; one of {known}")
-  if implementation == "auto":
-    own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(target.current().platform)
-    return own if own and _unavailable(own) is None else "xla"
-  if reason := _unavailable(implementation):
-    raise ValueError(
-      f"attention: implementation {implementation!r} cannot run here: {reason}; use 'auto' or 'xla'"
-    )
-  return implementation
+  reason = _unavailable(implementation)
+  if implementation != "auto":
+    if reason:
+      raise ValueError(
+        f"attention: implementation {implementation!r} cannot run here: {reason}; use 'auto' or 'xla'"
+      )
+    return implementation, "as configured"
+  here = target.current()
+  own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(here.platform)
+  if own is None:
+    return "xla", f"auto: no kernel of its own for {here.platform}"
+  if reason := _unavailable(own):
+    return "xla", f"auto: {own} cannot run here: {reason}"
+  return own, f"auto: the kernel of {here.kind or here.platform}"
 
 
-def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
+def bounded(implementation: str) -> bool:
+  """Whether plans of an implementation take a `capacity`; others always hold the worst case."""
+  return "capacity" in inspect.signature(backend(implementation).plan).parameters
+
+
+def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: float | None = None):
   """A mask with the tile lists of an implementation. Build it once per batch; every layer shares it.
 
   Pure and jit-able; a new mask of the same shape does not recompile. The leading axis of every array is the
@@ -50,6 +67,8 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
     mask: AttnMask.
     tiles: tile sizes, (q, k) or the `Tiles` of the implementation; its defaults by default.
     implementation: see `resolve`.
+    capacity: share of the worst case that the lists have room for, in (0, 1]; None: all of it. Not used where
+      not `bounded`. A mask that needs more sets `overflow`, bool[1], and outputs and gradients are NaN.
 
   Returns:
     A plan of that implementation, with `mask`, `tiles`, `lengths` (Lq, Lk) and `implementation`.
@@ -57,12 +76,15 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
   Raises:
     ValueError: as `resolve`; shapes of the mask that do not fit each other.
   """
-  return _backend(resolve(implementation)).plan(mask, tiles)
+  implementation = resolve(implementation)
+  more = {} if capacity is None or not bounded(implementation) else {"capacity": capacity}
+  return backend(implementation).plan(mask, tiles, **more)
 
 
-def _backend(name: str):
-  """Module of an implementation: plan(mask, tiles), attend(q, k, v, plan, scale, soft_cap, deterministic); a
-  Pallas one has unavailable(target) -> str | None too, and any may have `gradients`.
+def backend(name: str):
+  """Module of an implementation: plan(mask, tiles[, capacity]), attend(q, k, v, plan, scale, soft_cap,
+  deterministic); a Pallas one has unavailable(target) -> str | None too; any may have `gradients` and
+  `attend_pages`.
 
   Imported when asked for: one platform's Pallas dialect need not import on another's jax.
   """
@@ -74,7 +96,7 @@ def _unavailable(name: str) -> str | None:
   if not name.startswith("pallas"):
     return None
   try:
-    return _backend(name).unavailable(target.current())
+    return backend(name).unavailable(target.current())
   except ModuleNotFoundError as e:
     return f"this build lacks it ({e})"
 
@@ -132,7 +154,7 @@ def attention(
     out, lse = reference(q, k, v, mask.mask if is_plan else mask, scale, soft_cap)
   else:
     made = mask if is_plan else plan(mask, tiles, implementation)
-    out, lse = _backend(implementation).attend(q, k, v, made, scale, soft_cap, deterministic)
+    out, lse = backend(implementation).attend(q, k, v, made, scale, soft_cap, deterministic)
   return (out, lse) if return_lse else out
 
 
@@ -203,7 +225,7 @@ def gradients(
     out: [B, Lq, H, Dv], lse: float32[B, H, Lq], of all segments together; d_out, d_lse: their cotangents.
   """
   implementation = resolve(implementation)
-  if implementation != "reference" and hasattr(own := _backend(implementation), "gradients"):
+  if implementation != "reference" and hasattr(own := backend(implementation), "gradients"):
     return own.gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic)
   attend = lambda q, k, v: attention(
     q, k, v, plan, scale=scale, soft_cap=soft_cap, return_lse=True, implementation=implementation,

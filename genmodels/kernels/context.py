@@ -53,6 +53,16 @@ class Plan:
   strategy: str
   local: Spans
 
+  @property
+  def tiles(self):
+    return self.home.tiles
+
+  @property
+  def overflow(self) -> Array | None:
+    """bool[…] of all lists, or None where none can be too short."""
+    flags = [getattr(x, "overflow", None) for x in (self.home, self.away) if x is not None]
+    return None if flags[0] is None else jnp.concatenate([x.reshape(-1) for x in flags])
+
 
 class _Options(NamedTuple):
   axis: str
@@ -73,6 +83,7 @@ def plan(
   *,
   tiles=None,
   implementation: str = "auto",
+  capacity: float | None = None,
 ) -> Plan:
   """The tile lists of this shard, for all steps. Build them once per batch; every layer shares them.
 
@@ -81,14 +92,14 @@ def plan(
     axis: the mesh axis.
     strategy: one of STRATEGIES.
     local: disjoint, ascending spans (start, stop) of the shard's keys that no other shard's queries see.
-    tiles, implementation: as in `kernels.plan`.
+    tiles, implementation, capacity: as in `kernels.plan`.
 
   Raises:
     ValueError: an unknown strategy, or as `kernels.plan`.
   """
   if strategy not in STRATEGIES:
     raise ValueError(f"context: unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
-  build = lambda code: kernels.plan(AttnMask(code, mask.lo, mask.hi), tiles, implementation)
+  build = lambda code: kernels.plan(AttnMask(code, mask.lo, mask.hi), tiles, implementation, capacity)
   stay, travel = split(mask.code, local)
   whole = jax.lax.all_gather(travel, axis, axis=1, tiled=True)  # 4 B a key, once per batch
   if strategy == "gather":

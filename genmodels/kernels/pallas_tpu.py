@@ -118,7 +118,9 @@ def _attend(options, q, k, v, plan):
 
 
 def _forward(options, q, k, v, plan):
-  out, lse = _outputs(options, q, k, v, plan)
+  # Before 0.12 jax never drops an unused pallas_call, but it drops an unused jit: where a remat policy keeps
+  # both outputs, the backward pass must not run the kernel again.
+  out, lse = jax.jit(_outputs, static_argnums=0)(options, q, k, v, plan)
   out, lse = checkpoint_name(out, "attn_out"), checkpoint_name(lse, "attn_lse")
   return (out, lse), (q, k, v, plan, out, lse)
 

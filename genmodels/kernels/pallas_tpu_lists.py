@@ -247,8 +247,11 @@ def _filled(given: Tiles) -> Tiles:
   return given._replace(k_compute=fwd.k_compute, dq=tuple(dq), dkv=tuple(dkv))
 
 
-def plan(mask: AttnMask, given: Tiles | tuple[int, ...] | None = None) -> Plan:
+def plan(mask: AttnMask, given: Tiles | tuple[int, ...] | None = None, capacity: float | None = None) -> Plan:
   """Lists the tiles that the mask touches, for the three kernels. Pure, jit-able; O(L) + O(T·I·J).
+
+  Args:
+    capacity: in place of the tiles', if given.
 
   Raises:
     ValueError: shapes of the mask that do not fit each other; tiles that a chip cannot hold; rows whose
@@ -270,6 +273,7 @@ def plan(mask: AttnMask, given: Tiles | tuple[int, ...] | None = None) -> Plan:
         raise ValueError(
           f"plan: tiles of a chip are multiples of {LANES}, got {tuple(sizes)} (q, k, k_compute) for {name}"
         )
+  made = made if capacity is None else made._replace(capacity=capacity)
   found, overflow = {}, jnp.zeros((), bool)
   for name, sizes, by_key in (("fwd", made.fwd, False), ("dq", made.dq, False), ("dkv", made.dkv, True)):
     key = (*sizes, by_key)

@@ -1,4 +1,4 @@
-"""What the kernels are built for: this process's devices, unless a caller compiles for others.
+"""What the kernels are built for: the mesh in use, or this process's devices, unless a caller says else.
 
 Ahead-of-time compilation lowers for chips that are not here, and tests run kernels in an interpreter;
 both say so with `building_for`, and everything that chooses (implementation, tile sizes, interpreter)
@@ -13,6 +13,8 @@ import dataclasses
 from typing import Any
 
 import jax
+
+from genmodels.parallel import current_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,11 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("genmode
 
 
 def current() -> Target:
-  """The target set by `building_for`, else the first device of the default backend."""
-  return _TARGET.get() or Target.of(jax.devices()[0])
+  """The target set by `building_for`, else the chip of the mesh in use, else of the default backend."""
+  if (chosen := _TARGET.get()) is not None:
+    return chosen
+  mesh = current_mesh()
+  return Target.of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
 
 
 @contextlib.contextmanager

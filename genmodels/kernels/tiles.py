@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import pytree
+from genmodels.kernels.target import current
 from genmodels.masks import CODE_HIDDEN, MAX_TERMS, AttnMask
 
 Array = jax.Array
@@ -98,7 +99,7 @@ class Plan:
 def default_tiles(rows: int, lq: int, lk: int) -> Tiles:
   """Tiles for the XLA path: small on a CPU (measured, docs/masks.md), large elsewhere (unmeasured)."""
   length = max(lq, lk)
-  if jax.default_backend() == "cpu":
+  if current().platform == "cpu":
     edge, work = (64 if length <= 1024 else 128 if length <= 2048 else 256), 64 * 64
   else:
     edge, work = 512, 512 * 512

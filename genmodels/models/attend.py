@@ -69,16 +69,30 @@ def lookup(table, ids, split_rows: bool = False):
 
 
 def plans(
-  masks: dict[str, AttnMask], rows: int, implementation: str = "auto", strategy: str | None = None
+  masks: dict[str, AttnMask],
+  rows: int,
+  implementation: str = "auto",
+  strategy: str | None = None,
+  *,
+  tiles=None,
+  capacity=None,
+  decode=None,
 ) -> dict:
   """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own.
 
   Args:
     strategy: one of context.STRATEGIES for keys that are split over the context axis as the queries are; None
-      for keys that every context shard holds whole (a cache).
+      for keys that every context shard holds whole (with a cache).
+    tiles, capacity: as of `kernels.plan`.
+    decode: (query heads, key heads) of the model: plans for `attention` with a cache.
   """
-  build = lambda m: kernels.plan(m, implementation=implementation)
   mesh = active_mesh()
+  if decode is None:
+    build = lambda m: kernels.plan(m, tiles, implementation, capacity)
+  else:
+    build = lambda m: kernels.decode_plan(
+      m, decode[0] // (decode[1] * _repeats(mesh, *decode)), implementation
+    )
   if mesh is None:
     return {name: build(mask) for name, mask in masks.items()}
   out = {}
@@ -91,21 +105,23 @@ def plans(
     if c and strategy:
       local = mask.local if mask.shards == mesh.shape["context"] else ()
       made = functools.partial(
-        context.plan, axis="context", strategy=strategy, local=local, implementation=implementation
-      )
+        context.plan, axis="context", strategy=strategy, local=local, tiles=tiles,
+        implementation=implementation, capacity=capacity,
+      )  # fmt: skip
       specs = context.specs(strategy, local, b + c)
     out[name] = jax.shard_map(made, mesh=mesh, in_specs=(spec,), out_specs=specs)(mask)
   return out
 
 
 def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None, implementation: str):
-  """Attention of this call's slots over themselves and, if given, over a cache: two key segments,
-  merged by their log-sum-exps; nothing is concatenated.
+  """Attention of this call's slots over themselves and, if given, over a cache: two key segments in one call
+  of `kernels.decode`; nothing is concatenated.
 
   Args:
     q: [B, S, H, K]; k, v: [B, S, G, K].
     plan: of this call's mask, from `plans`.
-    cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
+    cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None. With a cache both plans are made
+      with `decode`.
 
   Returns:
     [B, S, H, K].
@@ -118,36 +134,32 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
   def local(q, k, v, plan, cache):
     if cache is None:
       return over_slots(q, k, v, plan, **options)
-    ck, cv, cplan = cache
-    parts = [
-      kernels.attention(q, ck.astype(q.dtype), cv.astype(q.dtype), cplan, return_lse=True, **options),
-      over_slots(q, k, v, plan, return_lse=True, **options),
-    ]
-    return kernels.merge(*zip(*parts))[0]
+    return kernels.decode(q, [kernels.Segment(*cache), kernels.Segment(k, v, plan)], **options)
 
   mesh = active_mesh()
   if mesh is None:
     return local(q, k, v, plan, cache)
   b, c = split(mesh, BATCH_AXES, q.shape[0]), split(mesh, ("context",), q.shape[1])
   t = split(mesh, ("tensor",), q.shape[2])
-  widen = lambda x: _repeat(x, q.shape[2], mesh.shape["tensor"] if t else 1)
-  heads, cached, lists = P(b, c, t), P(b, None, t), P(b + c)
+  repeats = _repeats(mesh, q.shape[2], k.shape[2])
+  widen = lambda x: jnp.repeat(x, repeats, axis=2) if repeats > 1 else x
+  heads, whole, lists = P(b, c, t), P(b, None, t), P(b + c)
   if cache is not None:
     cache = (widen(cache[0]), widen(cache[1]), cache[2])
-  own = context.specs(plan.strategy, plan.local, b + c) if isinstance(plan, context.Plan) else lists
-  specs = (heads, heads, heads, own, None if cache is None else (cached, cached, lists))
+  own, keys = lists, whole
+  if isinstance(plan, context.Plan):
+    own, keys = context.specs(plan.strategy, plan.local, b + c), heads
+  specs = (heads, keys, keys, own, None if cache is None else (whole, whole, lists))
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads)(q, widen(k), widen(v), plan, cache)
 
 
-def _repeat(x, heads: int, ways: int):
-  """Key heads repeated so that `ways` tensor shards get whole heads (2 key heads on 4 shards)."""
-  G = x.shape[2]
-  n = ways // math.gcd(G, ways)
-  if n == 1:
-    return x
-  if heads % (G * n):
+def _repeats(mesh, heads: int, key_heads: int) -> int:
+  """How often key heads are repeated so that every tensor shard gets whole ones (2 key heads on 4 shards)."""
+  ways = mesh.shape["tensor"] if mesh is not None and split(mesh, ("tensor",), heads) else 1
+  n = ways // math.gcd(key_heads, ways)
+  if heads % (key_heads * n):
     raise ValueError(
-      f"attention: {G} key heads of {heads} heads do not split over tensor={ways}: choose a tensor axis that "
-      f"divides {G}, or is a multiple of it that divides {heads}"
+      f"attention: {key_heads} key heads of {heads} heads do not split over tensor={ways}: choose a tensor "
+      f"axis that divides {key_heads}, or is a multiple of it that divides {heads}"
     )
-  return jnp.repeat(x, n, axis=2)
+  return n

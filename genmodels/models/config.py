@@ -214,7 +214,9 @@ class TrunkConfig:
     dropout: on embeddings and both residual branches; only when `apply` gets a key.
     dtype, param_dtype: compute and master types. remat: see Remat.
     init_std: of every normal draw; init_out_scale: residual output weights are divided by √(2·layers).
-    attention: implementation name handed to the kernels ("auto").
+    attention: implementation of attention ("auto", see `kernels.resolve`); attention_tiles: (queries, keys)
+      of its tiles, None for the kernel's own choice; attention_capacity: share of the worst case that its
+      tile lists have room for in training, None for all of it. See docs/models.md.
     context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
   """
@@ -256,6 +258,8 @@ class TrunkConfig:
   init_std: float = 0.02
   init_out_scale: bool = False
   attention: str = "auto"
+  attention_tiles: tuple[int, ...] | None = None
+  attention_capacity: float | None = None
   context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
 
@@ -304,6 +308,16 @@ class TrunkConfig:
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):
         raise ValueError(f"head {name!r}: forbid={head.forbid} is outside of 0..{size - 1}")
+    if self.attention_tiles is not None and (
+      len(self.attention_tiles) != 2
+      or min(self.attention_tiles) < 8
+      or any(t % 8 for t in self.attention_tiles)
+    ):
+      raise ValueError(f"attention_tiles={self.attention_tiles}: two multiples of 8, queries and keys")
+    if self.attention_capacity is not None and not 0 < self.attention_capacity <= 1:
+      raise ValueError(
+        f"attention_capacity={self.attention_capacity}: a share of the worst case, in (0, 1], or None"
+      )
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout={self.dropout} is outside of [0, 1)")
 

@@ -17,7 +17,7 @@ from genmodels.masks import AttnMask
 from genmodels.models import lora
 from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import TrunkConfig, from_section
-from genmodels.models.trunk import Trunk
+from genmodels.models.trunk import Trunk, plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,10 @@ class Model:
     """An empty cache for `batch` rows of `capacity` slots."""
     return init_cache(self.cfg, batch, capacity, dtype)
 
+  def plans(self, inputs: Inputs) -> dict:
+    """{mask pattern: tile lists} that `apply` makes of these inputs; their sizes under jax.eval_shape."""
+    return plans(self.cfg, inputs)
+
   def apply(
     self,
     params: Any,
@@ -69,7 +73,8 @@ class Model:
 
     Returns:
       Outputs with a Dist for each target; `new` (with a cache) for `write_cache`; `work`
-      {"slots": int32, "pairs": {pattern: int32[B, S]}}; `layers` {"hidden": [B, S, D]}.
+      {"slots": int32, "pairs": {pattern: int32[B, S]}} and, with `attention_capacity`, "overflow" {pattern:
+      int32, tile lists that were too short: NaN}; `layers` {"hidden": [B, S, D]}.
 
     Raises:
       ValueError: inputs that do not fit the configuration, by name and shape.

@@ -186,6 +186,13 @@ class Heads(nn.Module):
     return dists
 
 
+def plans(cfg: TrunkConfig, inputs: Inputs) -> dict:
+  """Tile lists of a call without a cache, by mask pattern."""
+  masks = {p: inputs.masks[p] for p in cfg.patterns}
+  options = dict(tiles=cfg.attention_tiles, capacity=cfg.attention_capacity)
+  return attend.plans(masks, inputs.doc.shape[0], cfg.attention, cfg.context, **options)
+
+
 class Trunk(nn.Module):
   """Inputs → Outputs; see `Model.apply`."""
 
@@ -259,11 +266,18 @@ class Trunk(nn.Module):
     if self.is_initializing():
       return ctx, None
     masks = {p: inputs.masks[p] for p in cfg.patterns}
-    ctx["plans"] = attend.plans(masks, B, cfg.attention, cfg.context)
     pairs = {p: jnp.broadcast_to(m.pairs(), inputs.doc.shape) for p, m in masks.items()}
-    if cache is not None:
+    if cache is None:
+      ctx["plans"] = plans(cfg, inputs)
+    else:
+      of = (cfg.num_heads, cfg.num_kv_heads)
       wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
       past = {p: AttnMask(cache.code[p], wide(m.lo), wide(m.hi)) for p, m in masks.items()}
-      ctx["cache_plans"] = attend.plans(past, B, cfg.attention)
+      ctx["plans"] = attend.plans(masks, B, cfg.attention, decode=of)
+      ctx["cache_plans"] = attend.plans(past, B, cfg.attention, decode=of)
       pairs = {p: n + past[p].pairs() for p, n in pairs.items()}
-    return ctx, {"slots": (inputs.doc >= 0).sum(dtype=jnp.int32), "pairs": pairs}
+    work = {"slots": (inputs.doc >= 0).sum(dtype=jnp.int32), "pairs": pairs}
+    if cfg.attention_capacity is not None and cache is None:
+      flags = {p: getattr(plan, "overflow", None) for p, plan in ctx["plans"].items()}
+      work["overflow"] = {p: x.sum(dtype=jnp.int32) for p, x in flags.items() if x is not None}
+    return ctx, work

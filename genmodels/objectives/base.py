@@ -334,8 +334,8 @@ def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
   """What a network call executed, as sums that add up over micro-batches; see metrics.step_flops.
 
   Returns:
-    {"slots": int32, "pairs": {pattern: int32[5] limbs}, "reads": {head: int32}}; {} for a network that
-    does not count.
+    {"slots": int32, "pairs": {pattern: int32[5] limbs}, "reads": {head: int32}}, and "overflow" {pattern:
+    int32} where tile lists may be too short; {} for a network that does not count.
   """
   if not outputs.work:
     return {}
@@ -343,7 +343,8 @@ def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
   for t in targets.values():
     reads[t.head] = reads.get(t.head, 0) + jnp.sum(t.slot >= 0)
   pairs = {pattern: metrics.limbs(count) for pattern, count in outputs.work["pairs"].items()}
-  return {"slots": jnp.asarray(outputs.work["slots"], jnp.int32), "pairs": pairs, "reads": reads}
+  more = {"overflow": outputs.work["overflow"]} if "overflow" in outputs.work else {}
+  return {"slots": jnp.asarray(outputs.work["slots"], jnp.int32), "pairs": pairs, "reads": reads} | more
 
 
 def _built(registry, section, where):

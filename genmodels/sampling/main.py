@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", help="write the samples there: PNG for images, text otherwise")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
-  parser.add_argument("overrides", nargs="*", help="key=value of the sampler section")
+  parser.add_argument(
+    "overrides", nargs="*", help="key=value of the sampler section, or model.attention=value"
+  )
   args = parser.parse_args(argv)
 
   import jax
@@ -45,12 +47,14 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.parallel import rules
   from genmodels.sampling import run as runs
 
-  overrides = [t if t.startswith("sampler.") else f"sampler.{t}" for t in args.overrides]
+  overrides = [t if t.startswith(("sampler.", "model.attention")) else f"sampler.{t}" for t in args.overrides]
   if args.length:
     overrides.append(f"sampler.length={args.length}")
   run = runs.load_run(args.workdir, args.step, overrides)
   parts = run.parts
   sampler = runs.sampler_of(parts, run.step)
+  if not jax.process_index():
+    print(f"attention {parts.attention}", file=sys.stderr)
   prompts = list(args.prompt)
   if args.prompts_file:
     prompts += pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()

@@ -60,8 +60,8 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) ->
   cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
   for text in overrides:
     config.override(cfg, text)
-  parts = system.build(cfg, workdir=str(path))
   mesh = _mesh(cfg)
+  parts = system.build(cfg, workdir=str(path), mesh=mesh)
   shapes, axes = parts.model.abstract_params(), parts.model.logical_axes()
   with rules.use_mesh(mesh):
     trees, step = _trees(cfg, path, step, mesh, shapes, axes)
@@ -142,7 +142,7 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
     # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
     meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
-    made = build(cfg, parts.objective, parts.model, latent=parts.latent, meta=meta, step=step)
+    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import models
+from genmodels import kernels, models
 from genmodels.config import ConfigError
 from genmodels.models import layer_index, layer_path, trunk
 from genmodels.models.layers import Layer
@@ -113,6 +113,30 @@ def test_the_attn_out_preset_saves_one_attention_output(capsys):
   )
   shape = f"[{cfg.segments[0].repeats},2,24,{cfg.num_heads},{cfg.head_dim}]"
   assert capsys.readouterr().out.count(shape) == len(cfg.segments[0].pattern)  # layers, rows, slots, heads
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("implementation, loop", [("xla", "scan["), ("pallas_tpu", "pallas_call[")])
+def test_saved_attention_is_not_run_again(implementation, loop):
+  """A policy that keeps the output and its log-sum-exp leaves no forward kernel in the backward pass."""
+  ids = cases.tokens(2, 16)
+  x, t = cases.inputs(ids), cases.everywhere(ids)
+
+  def runs(**remat):
+    """Loops (of layers, of kernels) in the program of the gradient."""
+    model = models.build({**cases.BASE, "attention": implementation, "remat": remat, "layers": 3})
+    loss = lambda p: model.apply(p, x, t).dists["t"].nll(ids[..., 0]).sum()
+    return str(jax.make_jaxpr(jax.grad(loss))(model.abstract_params())).count(loop)
+
+  tpu = kernels.Target("tpu", "TPU v5p", interpret=True)
+  with kernels.building_for(tpu if implementation == "pallas_tpu" else kernels.current()):
+    both = ("attn_out", "attn_lse")
+    kept = runs(preset="attn_out")
+    assert runs(preset="dots", save=both) == runs(preset="full", save=both) == kept
+    assert runs(preset="full") == kept + 1  # negative control: recomputed
+    assert runs(preset="full", save=("attn_out",)) == kept + 1  # one of the two is not enough
+    if implementation == "pallas_tpu":
+      assert kept == 3  # forward, dq, dk and dv
 
 
 def test_layer_remat_overrides_the_preset():

@@ -19,9 +19,11 @@ VERBS = {
     "train, convert, evaluate and sample a small model here; write a report",
   ),
   "prepare": ("genmodels.data.prepare", "turn text, JSONL or Parquet into training shards"),
+  "import": ("genmodels.checkpoint.hf_import", "take a Hugging Face checkpoint over"),
+  "export": ("genmodels.checkpoint.hf_export", "hand a model back in Hugging Face form"),
   "train": ("genmodels.train", "train a config in a workdir, or continue it"),
-  "sample": ("genmodels.sampling.main", "draw samples from a workdir"),
-  "eval": ("genmodels.evals.main", "evaluate a workdir: bits per token and per byte"),
+  "sample": ("genmodels.sampling.main", "draw samples from a workdir or an import"),
+  "eval": ("genmodels.evals.main", "evaluate a workdir or an import: bits per token and per byte"),
   "systems": ("genmodels.systems", "list the systems: paper, variants, tests"),
 }
 

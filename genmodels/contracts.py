@@ -110,7 +110,7 @@ class Noise:
   drop: Array | None = None
 
 
-@pytree()
+@pytree("shards", "whole_blocks")
 class Slots:
   """S physical slots: where each token of each stream sits, and all that a mask may read about it.
 
@@ -121,6 +121,9 @@ class Slots:
     pos: coordinate of the token; order: document start + generation rank.
     doc_lo, doc_hi, blk_lo, blk_hi: the token's document and block as half-open intervals.
     where: int32[B, streams, N], slot that holds (stream, token), −1 if it is not in this call.
+    shards: context shards that the slots were placed for, equal parts of S; every stream has an equal part of
+      each shard, in the order of the streams. Static.
+    whole_blocks: no block of such a placement is cut by a shard's border. Static.
   """
 
   src: Array
@@ -133,6 +136,8 @@ class Slots:
   blk_lo: Array
   blk_hi: Array
   where: Array
+  shards: int = 1
+  whole_blocks: bool = False
 
 
 @pytree()

@@ -20,6 +20,7 @@ import numpy as np
 from genmodels import config, evals, metrics, models, optim, system
 from genmodels import state as states
 from genmodels import step as steps
+from genmodels.checkpoint import adopt, hf_export
 from genmodels.checkpoint import init as initialisation
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
@@ -127,6 +128,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
     workdir.mkdir(parents=True, exist_ok=True)
     config.write_json(workdir / "config.json", config.plain(cfg))
     config.write_json(workdir / "resolved.json", resolved)
+    if cfg.init.get("path"):
+      hf_export.carry(cfg.init.path, workdir)
   progress = metrics.Progress(tcfg.steps, out) if lead else None
   say = progress.note if lead else (lambda text: None)
   for note in parts.notes:
@@ -309,12 +312,21 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--config", required=True, help="path or name of a system, with :variant")
   parser.add_argument("--workdir", required=True, help="folder of the run; the same one again continues it")
   parser.add_argument(
+    "--from", dest="source", default="", help="an import: its model, vocabulary and parameters (at step 0)"
+  )
+  parser.add_argument(
     "--debug", action="store_true", help="no jit, no scan; shapes and the first non-finite tensor"
   )
   parser.add_argument("overrides", nargs="*", help="key.path=value")
   args = parser.parse_args(argv)
   cfg = config.load(args.config, args.overrides)
   multihost.initialize()
+  if args.source:
+    adopted = adopt.adopt(cfg, args.source, args.workdir)
+    for text in args.overrides:  # they win over the checkpoint too
+      config.override(cfg, text)
+    if jax.process_index() == 0:
+      print("\n".join(adopted.notes))
   run = train(cfg, args.workdir, debug=args.debug)
   if jax.process_index() == 0 and not run.stopped:
     loss = f", loss {run.last['loss']:.4f}" if run.last else ""

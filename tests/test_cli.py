@@ -31,7 +31,9 @@ FLAGS = {
     "--max-bad",
     "--verify",
   },  # fmt: skip
-  "train": {"--help", "--config", "--workdir", "--debug"},
+  "import": {"--help"},
+  "export": {"--help", "--layout", "--dtype", "--like", "--tree", "--step", "--shard-gb"},
+  "train": {"--help", "--config", "--workdir", "--from", "--debug"},
   "systems": {"--help", "--json", "--markdown"},
   "sample": {
     "--help",
@@ -47,7 +49,18 @@ FLAGS = {
     "--step",
     "--workdir",
   },
-  "eval": {"--block", "--documents", "--draws", "--file", "--help", "--json", "--step", "--workdir"},
+  "eval": {
+    "--block",
+    "--documents",
+    "--draws",
+    "--file",
+    "--help",
+    "--json",
+    "--length",
+    "--step",
+    "--text",
+    "--workdir",
+  },
   "quickstart": {"--help", "--smoke", "--steps-scale", "--workdir"},
 }
 

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints as ours and back: config.json → model section, tensor name ↔ leaf.
+"""Tensor names of Hugging Face layouts ↔ our leaves.
 
-Pure mapping over NumPy arrays; files are `checkpoint.hf`'s business. Model types: llama, qwen2, qwen3,
-gpt2. What a configuration asks for and this trunk does not compute is refused, by key.
+Pure mapping over NumPy arrays; config.json is the business of `hf_config`, files that of `hf_import` and
+`hf_export`.
 
 Legend: D width · V vocabulary · R repeats of a segment.
 """
@@ -9,6 +9,7 @@ Legend: D width · V vocabulary · R repeats of a segment.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,17 +19,107 @@ import numpy as np
 from genmodels.config import ConfigError
 from genmodels.models import Model, TrunkConfig, layer_path
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "gpt2")
-ACTIVATIONS = {
-  "silu": "silu",
-  "swish": "silu",
-  "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh",
-}
-
 # Buffers that old checkpoints carry and no parameter corresponds to.
 BUFFERS = re.compile(r".*rotary_emb\.inv_freq|.*\.attn\.(masked_)?bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a class of checkpoints names its tensors.
+
+  Fields:
+    table, final_norm, head: names outside of the layers; head carries its ".weight" or is ours tied away.
+    layer: prefix of layer {i}.
+    sites: our site or norm of a layer → its name there.
+    positions: name of the learned position table, "" for none.
+    transpose: torch Linear, [out, in]; GPT-2's Conv1D is [in, out], as ours.
+    fused: name of one tensor that holds q, k and v side by side, "" for none.
+  """
+
+  table: str
+  final_norm: str
+  head: str
+  layer: str
+  sites: Mapping[str, str]
+  positions: str = ""
+  transpose: bool = True
+  fused: str = ""
+
+
+_LLAMA_SITES = {
+  "attn_norm": "input_layernorm",
+  "mlp_norm": "post_attention_layernorm",
+  **{f"attn/{n}": f"self_attn.{n}_proj" for n in "qkvo"},
+  "attn/q_norm": "self_attn.q_norm",
+  "attn/k_norm": "self_attn.k_norm",
+  **{f"mlp/{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")},
+}
+_LLAMA = Layout("model.embed_tokens", "model.norm", "lm_head", "model.layers.{i}", _LLAMA_SITES)
+_GEMMA2 = dataclasses.replace(
+  _LLAMA,
+  sites=_LLAMA_SITES
+  | {
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+  },
+)
+_GPT2 = Layout(
+  "transformer.wte",
+  "transformer.ln_f",
+  "lm_head",
+  "transformer.h.{i}",
+  {
+    "attn_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "attn/o": "attn.c_proj",
+    "mlp/up": "mlp.c_fc",
+    "mlp/down": "mlp.c_proj",
+  },
+  positions="transformer.wpe",
+  transpose=False,
+  fused="attn.c_attn",
+)
+_LLADA = Layout(
+  "model.transformer.wte",
+  "model.transformer.ln_f",
+  "model.transformer.ff_out",
+  "model.transformer.blocks.{i}",
+  {
+    "attn_norm": "attn_norm",
+    "mlp_norm": "ff_norm",
+    **{f"attn/{n}": f"{n}_proj" for n in "qkv"},
+    "attn/o": "attn_out",
+    "mlp/gate": "ff_proj",
+    "mlp/up": "up_proj",
+    "mlp/down": "ff_out",
+  },
+)
+# DiffuLLaMA's wrapper takes the trunk out of its model: the table stands outside, the rest under its name.
+_DIFFULLAMA = dataclasses.replace(
+  _LLAMA, table="embed_tokens", final_norm="denoise_model.norm", layer="denoise_model.layers.{i}"
+)
+_DIFFUGPT = dataclasses.replace(
+  _GPT2, table="embed_tokens", final_norm="denoise_model.ln_f", layer="denoise_model.h.{i}",
+  positions="denoise_model.wpe",
+)  # fmt: skip
+
+LAYOUTS: dict[str, Layout] = {
+  "llama": _LLAMA,
+  "mistral": _LLAMA,
+  "qwen2": _LLAMA,
+  "qwen3": _LLAMA,
+  "gemma": _LLAMA,
+  "gemma2": _GEMMA2,
+  "gemma3_text": _GEMMA2,
+  "gpt2": _GPT2,
+  "llada": _LLADA,
+  "dream": _LLAMA,
+  "sdar": _LLAMA,
+  "fast_dllm_v2": _LLAMA,
+  "diffullama": _DIFFULLAMA,
+  "diffugpt": _DIFFUGPT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,133 +142,21 @@ class Entry:
   pad: bool = False
 
 
-def section(hf: Mapping[str, Any]) -> dict[str, Any]:
-  """The model section of a config.json.
+def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
+  """All entries of a model under a layout; together they cover every leaf (checked by `read` and `write`).
 
   Raises:
-    ConfigError: a model type, activation, RoPE scaling or option that this trunk does not compute.
+    ConfigError: an unknown layout, or leaves that it has no name for.
   """
-  kind = hf.get("model_type")
-  if kind not in MODEL_TYPES:
+  if layout not in LAYOUTS:
     raise ConfigError(
-      "cannot read this model type", key="model_type", value=kind, fix=f"one of {MODEL_TYPES}"
+      "cannot map this layout", key="layout", value=layout, fix=f"one of {', '.join(LAYOUTS)}"
     )
-  out = _gpt2(hf) if kind == "gpt2" else _llama(hf, kind)
-  tied = bool(hf.get("tie_word_embeddings", kind == "gpt2"))
-  out["heads"] = {"text": {"tied": tied}}
-  return out
+  names = LAYOUTS[layout]
+  out, nameless = [], []
 
-
-def _refuse(hf, key: str, accepted):
-  if hf.get(key, accepted[0]) not in accepted:
-    raise ConfigError(
-      "this trunk does not compute it", key=key, value=hf[key], fix=f"expected one of {accepted}"
-    )
-
-
-def _activation(hf, key: str) -> str:
-  _refuse(hf, key, tuple(ACTIVATIONS))
-  return ACTIVATIONS[hf[key]]
-
-
-def _llama(hf, kind: str) -> dict[str, Any]:
-  _refuse(hf, "use_sliding_window", (False, None))
-  _refuse(hf, "pretraining_tp", (1, None))
-  heads, width = hf["num_attention_heads"], hf["hidden_size"]
-  bias = ("q", "k", "v") if kind == "qwen2" else ()
-  if kind != "qwen2" and hf.get("attention_bias"):
-    bias = ("q", "k", "v", "o")
-  if hf.get("mlp_bias"):
-    bias += ("gate", "up", "down")
-  return dict(
-    width=width,
-    layers=hf["num_hidden_layers"],
-    num_heads=heads,
-    num_kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or width // heads,
-    mlp=hf["intermediate_size"],
-    vocab=hf["vocab_size"],
-    eps=float(hf["rms_norm_eps"]),
-    activation=_activation(hf, "hidden_act"),
-    qk_norm="rms" if kind == "qwen3" else "none",
-    bias=bias,
-    rope=_rope(hf),
-  )
-
-
-def _rope(hf) -> dict[str, Any]:
-  """RoPE of `rope_parameters` (transformers ≥ 5) or of `rope_theta` and `rope_scaling`."""
-  p = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-  base = float(p.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
-  kind = p.pop("rope_type", None) or p.pop("type", None) or "default"
-  p.pop("type", None)
-  if float(p.pop("partial_rotary_factor", 1.0)) != 1.0:
-    raise ConfigError("partial rotary factors are not read", key="rope_parameters", value=hf, fix="1.0")
-  if kind == "default":
-    return dict(base=base)
-  length = hf.get("max_position_embeddings")
-  if kind == "linear":
-    scaling = dict(kind="linear", factor=float(p.pop("factor")))
-  elif kind == "llama3":
-    scaling = dict(
-      kind="llama3",
-      factor=float(p.pop("factor")),
-      original_len=int(p.pop("original_max_position_embeddings", length)),
-      low_freq_factor=float(p.pop("low_freq_factor")),
-      high_freq_factor=float(p.pop("high_freq_factor")),
-    )
-  elif kind == "yarn":
-    scaling = dict(
-      kind="yarn",
-      factor=float(p.pop("factor")),
-      original_len=int(p.pop("original_max_position_embeddings", length)),
-      beta_fast=float(p.pop("beta_fast", None) or 32),
-      beta_slow=float(p.pop("beta_slow", None) or 1),
-      truncate=bool(p.pop("truncate", True)),
-    )
-    if p.get("attention_factor") is not None:
-      scaling["attention_factor"] = float(p.pop("attention_factor"))
-  else:
-    raise ConfigError(
-      "unknown RoPE type", key="rope_type", value=kind, fix="one of default, linear, llama3, yarn"
-    )
-  left = {k: v for k, v in p.items() if v is not None}
-  if left:
-    raise ConfigError(f"{kind} RoPE with fields that are not read", key="rope_parameters", value=left)
-  return dict(base=base, scaling=scaling)
-
-
-def _gpt2(hf) -> dict[str, Any]:
-  _refuse(hf, "scale_attn_weights", (True,))
-  _refuse(hf, "scale_attn_by_inverse_layer_idx", (False,))
-  _refuse(hf, "add_cross_attention", (False,))
-  return dict(
-    width=hf["n_embd"],
-    layers=hf["n_layer"],
-    num_heads=hf["n_head"],
-    mlp=hf.get("n_inner") or 4 * hf["n_embd"],
-    vocab=hf["vocab_size"],
-    norm="layer",
-    eps=float(hf["layer_norm_epsilon"]),
-    activation=_activation(hf, "activation_function"),
-    gated=False,
-    bias=("q", "k", "v", "o", "up", "down", "norm"),
-    rope=None,
-    learned_pos=hf["n_positions"],
-  )
-
-
-def entries(cfg: TrunkConfig, model_type: str) -> list[Entry]:
-  """All entries of a model; together they cover every leaf (checked by `read` and `write`)."""
-  if model_type not in MODEL_TYPES:
-    raise ConfigError(
-      "cannot map this model type", key="model_type", value=model_type, fix=f"one of {MODEL_TYPES}"
-    )
-  tied = cfg.head("text").tied
-  out = []
-
-  def site(name, leaf, row=None, transpose=True, part=(0, 1), bias=False):
-    out.append(Entry(f"{name}.weight", f"{leaf}/kernel", row, transpose, part))
+  def site(name, leaf, row=None, part=(0, 1), bias=False):
+    out.append(Entry(f"{name}.weight", f"{leaf}/kernel", row, names.transpose, part))
     if bias:
       out.append(Entry(f"{name}.bias", f"{leaf}/bias", row, False, part))
 
@@ -186,108 +165,80 @@ def entries(cfg: TrunkConfig, model_type: str) -> list[Entry]:
     if "norm" in cfg.bias and not leaf.endswith(("q_norm", "k_norm")):
       out.append(Entry(f"{name}.bias", f"{leaf}/bias", row))
 
-  gpt2 = model_type == "gpt2"
-  root = "transformer" if gpt2 else "model"
-  table = "wte" if gpt2 else "embed_tokens"
-  out.append(Entry(f"{root}.{table}.weight", "embed/tokens/embedding", pad=True))
-  if gpt2:
-    out.append(Entry(f"{root}.wpe.weight", "embed/learned_pos/embedding"))
+  norms = ["attn_norm", "mlp_norm"] + ["attn_post_norm", "mlp_post_norm"] * cfg.post_norm
+  norms += ["attn/q_norm", "attn/k_norm"] * (cfg.qk_norm == "rms")
+  sites = [f"attn/{n}" for n in "qkvo"] + [f"mlp/{n}" for n in (("gate",) * cfg.gated + ("up", "down"))]
+  out.append(Entry(f"{names.table}.weight", "embed/tokens/embedding", pad=True))
+  if cfg.learned_pos:
+    if names.positions:
+      out.append(Entry(f"{names.positions}.weight", "embed/learned_pos/embedding"))
+    else:
+      nameless.append("embed/learned_pos")
   for i in range(cfg.layers):
     s, row, p = layer_path(cfg, i)
-    ours = f"stack/s{s}/l{p}"
-    if gpt2:
-      at = f"{root}.h.{i}"
-      norm(f"{at}.ln_1", f"{ours}/attn_norm", row)
-      norm(f"{at}.ln_2", f"{ours}/mlp_norm", row)
-      for j, name in enumerate("qkv"):
-        site(f"{at}.attn.c_attn", f"{ours}/attn/{name}", row, False, (j, 3), True)
-      site(f"{at}.attn.c_proj", f"{ours}/attn/o", row, False, bias=True)
-      site(f"{at}.mlp.c_fc", f"{ours}/mlp/up", row, False, bias=True)
-      site(f"{at}.mlp.c_proj", f"{ours}/mlp/down", row, False, bias=True)
-      continue
-    at = f"{root}.layers.{i}"
-    norm(f"{at}.input_layernorm", f"{ours}/attn_norm", row)
-    norm(f"{at}.post_attention_layernorm", f"{ours}/mlp_norm", row)
-    for name in "qkvo":
-      site(f"{at}.self_attn.{name}_proj", f"{ours}/attn/{name}", row, bias=name in cfg.bias)
-    for name in ("gate", "up", "down"):
-      site(f"{at}.mlp.{name}_proj", f"{ours}/mlp/{name}", row, bias=name in cfg.bias)
-    if cfg.qk_norm == "rms":
-      norm(f"{at}.self_attn.q_norm", f"{ours}/attn/q_norm", row)
-      norm(f"{at}.self_attn.k_norm", f"{ours}/attn/k_norm", row)
-  norm(f"{root}.ln_f" if gpt2 else f"{root}.norm", "final_norm")
-  if not tied:
-    out.append(Entry("lm_head.weight", "heads/text/kernel", transpose=True, pad=True))
+    ours, theirs = f"stack/s{s}/l{p}", names.layer.format(i=i)
+    for n in norms + sites:
+      fused = names.fused and n in ("attn/q", "attn/k", "attn/v")
+      if not fused and n not in names.sites:
+        nameless.append(f"{ours}/{n}")
+        continue
+      if n in norms:
+        norm(f"{theirs}.{names.sites[n]}", f"{ours}/{n}", row)
+        continue
+      part = ("qkv".index(n[-1]), 3) if fused else (0, 1)
+      name = names.fused if fused else names.sites[n]
+      site(f"{theirs}.{name}", f"{ours}/{n}", row, part, n.rsplit("/", 1)[-1] in cfg.bias)
+  if nameless:
+    raise ConfigError(
+      f"the layout has no tensor for {len(nameless)} parts of this model: {', '.join(nameless[:6])}",
+      key="layout", value=layout, fix="another layout, or the one the model was imported from",
+    )  # fmt: skip
+  norm(names.final_norm, "final_norm")
+  if not cfg.head("text").tied:
+    out.append(Entry(f"{names.head}.weight", "heads/text/kernel", transpose=True, pad=True))
   return out
 
 
-def read(cfg: TrunkConfig, model_type: str, tensors: Mapping[str, Any], dtype=None) -> dict:
-  """Parameters from a checkpoint's tensors.
+def tied_name(layout: str) -> str:
+  """The output weight's name, which a tied checkpoint leaves out, or repeats the table under."""
+  return f"{LAYOUTS[layout].head}.weight"
 
-  Args:
-    tensors: name → array (anything that `np.asarray` takes; a lazy mapping is read one at a time).
-    dtype: of the leaves; the configuration's master type by default.
 
-  Returns:
-    Nested dicts of NumPy arrays.
+def check(cfg: TrunkConfig, layout: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+  """The entries, if a checkpoint's tensors {name: shape} are exactly those of the model.
 
   Raises:
-    ValueError: a tensor that is missing, has the wrong shape, or that nothing takes; a leaf that
-      nothing fills. All of them are named.
+    ValueError: a tensor that is missing, has the wrong shape, or that nothing takes; a leaf that nothing
+      fills. All of them are named.
   """
-  found = entries(cfg, model_type)
-  shapes = _leaves(Model(cfg).abstract_params())
+  found = entries(cfg, layout)
+  leaves = leaf_shapes(cfg)
   names = {e.name for e in found}
-  skipped = {"lm_head.weight"} if cfg.head("text").tied else set()
-  extra = sorted(n for n in tensors if n not in names and n not in skipped and not BUFFERS.fullmatch(n))
+  skipped = {tied_name(layout)} if cfg.head("text").tied else set()
+  extra = sorted(n for n in shapes if n not in names and n not in skipped and not BUFFERS.fullmatch(n))
   _complain("tensors that no parameter takes", extra)
-  _complain("missing tensors", sorted(names - set(tensors)))
-  _complain("parameters without a tensor", sorted(set(shapes) - {e.leaf for e in found}))
-  flat = {path: np.zeros(s.shape, dtype or s.dtype) for path, s in shapes.items()}
+  _complain("missing tensors", sorted(names - set(shapes)))
+  _complain("parameters without a tensor", sorted(set(leaves) - {e.leaf for e in found}))
   for e in found:
-    leaf = flat[e.leaf] if e.row is None else flat[e.leaf][e.row]
-    x = np.asarray(tensors[e.name])
-    if x.ndim and x.shape[-1] % e.part[1]:
-      raise ValueError(f"{e.name}: shape {x.shape} does not split into {e.part[1]} parts")
-    want = _shape(cfg, e, leaf.shape)
-    if x.shape != want:
-      raise ValueError(f"{e.name}: expected shape {want} for {e.leaf} {leaf.shape}, got {x.shape}")
-    x = np.split(x, e.part[1], -1)[e.part[0]]
-    x = x.T if e.transpose else x
-    if e.pad:
-      leaf = leaf[:, : cfg.vocab] if e.transpose else leaf[: cfg.vocab]
-    leaf[...] = x.reshape(leaf.shape)
-  return _nest(flat)
+    want = tensor_shape(cfg, e, leaves[e.leaf])
+    if tuple(shapes[e.name]) != want:
+      raise ValueError(
+        f"{e.name}: expected shape {want} for {e.leaf} {tuple(leaves[e.leaf])}, got {tuple(shapes[e.name])}: "
+        "config.json and the weights do not belong together"
+      )
+  return found
 
 
-def write(cfg: TrunkConfig, model_type: str, params) -> dict[str, np.ndarray]:
-  """A checkpoint's tensors from parameters: the inverse of `read` (padding left out).
-
-  Raises:
-    ValueError: leaves that the model type has no tensor for (adapters: merge them first), or none for
-      a tensor.
-  """
-  flat = _leaves(params)
-  found = entries(cfg, model_type)
-  leaves = {e.leaf for e in found}
-  _complain(f"leaves that {model_type} has no tensor for", sorted(set(flat) - leaves))
-  _complain("missing leaves", sorted(leaves - set(flat)))
-  parts: dict[str, dict[int, np.ndarray]] = {}
-  for e in found:
-    x = flat[e.leaf] if e.row is None else flat[e.leaf][e.row]
-    if e.pad:
-      x = x[:, : cfg.vocab] if e.transpose else x[: cfg.vocab]
-    want = _shape(cfg, dataclasses.replace(e, part=(0, 1)), x.shape)
-    x = np.asarray(x)
-    x = x.reshape(want[::-1]).T if e.transpose else x.reshape(want)
-    parts.setdefault(e.name, {})[e.part[0]] = x
-  return {
-    name: np.ascontiguousarray(np.concatenate([p[i] for i in sorted(p)], -1)) for name, p in parts.items()
-  }
+@functools.lru_cache(maxsize=8)  # it traces the whole model
+def leaf_shapes(cfg: TrunkConfig) -> Mapping[str, tuple[int, ...]]:
+  """{leaf: shape} of the model, adapters left out."""
+  abstract = Model(dataclasses.replace(cfg, lora=None)).abstract_params()
+  return {path: tuple(x.shape) for path, x in _leaves(abstract).items()}
 
 
-def _shape(cfg: TrunkConfig, e: Entry, leaf: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of the tensor that fills a leaf (one layer of it)."""
+def tensor_shape(cfg: TrunkConfig, e: Entry, leaf: tuple[int, ...]) -> tuple[int, ...]:
+  """Shape of the tensor that fills a leaf of shape `leaf` (one row of it)."""
+  leaf = tuple(leaf[1:]) if e.row is not None else tuple(leaf)
   if not e.leaf.endswith("/kernel"):
     if e.pad:
       leaf = (cfg.vocab, *leaf[1:])
@@ -297,6 +248,84 @@ def _shape(cfg: TrunkConfig, e: Entry, leaf: tuple[int, ...]) -> tuple[int, ...]
   if e.pad:
     d_out = cfg.vocab
   return (d_out, d_in) if e.transpose else (d_in, d_out)
+
+
+def views(cfg: TrunkConfig, e: Entry, leaf: np.ndarray, tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The part of a leaf and the part of a tensor that correspond, as views of one shape.
+
+  Import is `leaf_view[...] = tensor_view`, export the other way round.
+
+  Args:
+    leaf: the whole leaf [R, …] or […], C-contiguous; tensor: the whole tensor.
+  """
+  assert leaf.flags.c_contiguous  # else the reshapes below are copies
+  if e.row is not None:
+    leaf = leaf[e.row]
+  i, n = e.part
+  width = tensor.shape[-1] // n
+  tensor = tensor[..., i * width : (i + 1) * width]
+  tensor = tensor.T if e.transpose else tensor
+  if e.leaf.endswith("/kernel"):
+    n_in = 2 if e.leaf.endswith("/o/kernel") else 1
+    leaf = leaf.reshape(int(np.prod(leaf.shape[:n_in])), -1)
+    leaf = leaf[:, : cfg.vocab] if e.pad else leaf
+  elif e.leaf.endswith("/bias"):
+    leaf = leaf.reshape(-1)
+  elif e.pad:
+    leaf = leaf[: cfg.vocab]
+  assert leaf.shape == tensor.shape
+  return leaf, tensor
+
+
+def read(cfg: TrunkConfig, layout: str, tensors: Mapping[str, Any], dtype=None) -> dict:
+  """Parameters from a checkpoint's tensors, in memory; `genmodels import` streams instead.
+
+  Args:
+    tensors: name → array (anything that `np.asarray` takes).
+    dtype: of the leaves; the configuration's master type by default.
+
+  Returns:
+    Nested dicts of NumPy arrays.
+
+  Raises:
+    ValueError: as `check`.
+  """
+  found = check(cfg, layout, {n: tuple(x.shape) for n, x in tensors.items()})
+  dtype = dtype or np.dtype(cfg.param_dtype)
+  flat = {path: np.zeros(shape, dtype) for path, shape in leaf_shapes(cfg).items()}
+  for e in found:
+    leaf, tensor = views(cfg, e, flat[e.leaf], np.asarray(tensors[e.name]))
+    leaf[...] = tensor
+  return _nest(flat)
+
+
+def write(cfg: TrunkConfig, layout: str, params) -> dict[str, np.ndarray]:
+  """A checkpoint's tensors from parameters, in memory: the inverse of `read` (padding left out).
+
+  Raises:
+    ValueError: as `cover`.
+  """
+  flat = {n: np.ascontiguousarray(x) for n, x in _leaves(params).items()}
+  out: dict[str, np.ndarray] = {}
+  for e in cover(cfg, layout, flat):
+    if e.name not in out:
+      out[e.name] = np.zeros(tensor_shape(cfg, e, flat[e.leaf].shape), flat[e.leaf].dtype)
+    leaf, tensor = views(cfg, e, flat[e.leaf], out[e.name])
+    tensor[...] = leaf
+  return out
+
+
+def cover(cfg: TrunkConfig, layout: str, leaves: Iterable[str]) -> list[Entry]:
+  """The entries, if they cover these leaves.
+
+  Raises:
+    ValueError: leaves that the layout has no tensor for (adapters: merge them first), or none for a tensor.
+  """
+  found, leaves = entries(cfg, layout), set(leaves)
+  have = {e.leaf for e in found}
+  _complain(f"leaves that {layout} has no tensor for", sorted(leaves - have))
+  _complain("missing leaves", sorted(have - leaves))
+  return found
 
 
 def _complain(what: str, names: Iterable[str]):

@@ -5,7 +5,7 @@ The order, stated once, and `initialise` follows it:
   1. own workdir   the newest verified checkpoint of this run: the same command continues
   2. resume        init.kind = "resume": another run's whole state, step and optimizer included
   3. init          init.kind = "workdir": parameters of another workdir, or of an imported folder
-                   (a folder with a checkpoint of trees/model), through an InitRecipe; step 0
+                   (`genmodels import`), through an InitRecipe; step 0
   4. scratch       fresh parameters; step 0
 
 The first that applies is used, and `initialise` returns a line that says which.
@@ -24,20 +24,22 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from genmodels import config
-from genmodels.checkpoint import surgery
+from genmodels.checkpoint import folder, surgery
 from genmodels.checkpoint.manager import Manager, RestoreError
 from genmodels.state import param_paths
 
 CHECKPOINTS = "checkpoints"  # of a workdir
 
 
-def open_folder(path: str) -> Manager:
-  """The checkpoints of a workdir or imported folder, for reading.
+def open_folder(path: str) -> Manager | folder.Folder:
+  """The checkpoints of a workdir, or an imported folder, for reading.
 
   Raises:
     RestoreError: it has none.
   """
   root = pathlib.Path(path).expanduser()
+  if folder.is_imported(root):
+    return folder.Folder.open(root)
   manager = Manager(root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root, read_only=True)
   if manager.latest() is None:
     raise RestoreError(f"{path} holds no checkpoint; expected {root / CHECKPOINTS}/<step> or {root}/<step>")

@@ -131,3 +131,57 @@ def digest(flat: Mapping[str, jax.Array]) -> dict[str, tuple[int, int]]:
 def describe(flat: Mapping[str, Any]) -> dict[str, dict]:
   """{name: {"shape", "dtype"}} of named arrays or ShapeDtypeStructs."""
   return {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in flat.items()}
+
+
+def host_digest(x: np.ndarray, shape, start: int = 0, chunk: int = 1 << 16) -> tuple[int, int]:
+  """The share that a contiguous run of an array's elements has in `leaf_digest`, in NumPy.
+
+  Shares of disjoint runs that cover the array add up (mod 2³²) to its digest: a leaf is digested as it is
+  written, piece by piece, and compared on devices later.
+
+  Args:
+    x: the run, of 1, 2 or 4 bytes an element; a memory map is read in chunks.
+    shape: of the whole array. start: index of the run's first element in row-major order.
+  """
+  flat = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+  sizes: dict[int, int] = {}
+  for size, (part, _) in zip(shape, strides(shape)):
+    sizes[part] = sizes.get(part, 1) * size
+  a = b = 0
+  for at in range(0, flat.size, chunk):
+    w = flat[at : at + chunk].astype(np.uint32)  # a copy: what follows works in place
+    first = start + at
+    if len(sizes) == 1:
+      h = _mix_host(np.arange(first, first + w.size, dtype=np.uint32) + _SEED)
+    else:
+      h, index = np.full(w.size, _SEED), np.arange(first, first + w.size, dtype=np.uint64)
+      for part in sorted(sizes):
+        size = np.uint64(sizes[part])
+        h = _mix_host(h + (index % size).astype(np.uint32))
+        index //= size
+    # Sums of uint32 wrap around, which is what is wanted.
+    rot = _rotate(w)
+    w *= h | np.uint32(1)
+    a += int(np.add.reduce(w, dtype=np.uint32))
+    h = _rotate(h)
+    h |= np.uint32(1)
+    rot *= h
+    b += int(np.add.reduce(rot, dtype=np.uint32))
+  return a % 2**32, b % 2**32
+
+
+def _rotate(x: np.ndarray) -> np.ndarray:
+  """uint32 with its halves exchanged; a copy."""
+  out = x << np.uint32(16)
+  out |= x >> np.uint32(16)
+  return out
+
+
+def _mix_host(h: np.ndarray) -> np.ndarray:
+  """`_mix` in NumPy, in place."""
+  h ^= h >> np.uint32(16)
+  h *= np.uint32(0x7FEB352D)
+  h ^= h >> np.uint32(15)
+  h *= np.uint32(0x846CA68B)
+  h ^= h >> np.uint32(16)
+  return h

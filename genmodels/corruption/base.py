@@ -6,6 +6,7 @@ Legend: B rows · C copies · N clean tokens · D documents.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,11 @@ class Blocks:
   def whole(self) -> bool:
     """A document is one block."""
     return self.size == Schedule.of(0) and not self.sizes
+
+  @property
+  def longest(self) -> int | None:
+    """Tokens of the longest block at any step; None where a document is one block."""
+    return None if self.whole else math.ceil(max(self.sizes or self.size.table))
 
   def bounds(self, row: Row, step) -> tuple[Array, Array]:
     """The block interval of every token at training step `step`, two int32[B, N]."""

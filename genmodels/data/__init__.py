@@ -4,7 +4,7 @@
 plan's workers stay light, and the packer asks the layout for costs through a callable that it is handed.
 """
 
-from genmodels.data.pipeline import Data, Loader, Meta, build, meta
+from genmodels.data.pipeline import Data, Loader, Meta, build, meta, tokenizer
 from genmodels.data.records import DataError
 
-__all__ = ["Data", "DataError", "Loader", "Meta", "build", "meta"]
+__all__ = ["Data", "DataError", "Loader", "Meta", "build", "meta", "tokenizer"]

@@ -230,6 +230,9 @@ class Text(_Planned):
   def _entries(self):
     return [{"path": self.path}] if self.path else [dict(s) for s in self.sources]
 
+  def find_tokenizer(self, workdir: str):
+    return self._tokenizer(sources.directory_pair(self._entries()[0]["path"])[0])
+
   def facts(self, workdir: str) -> Meta:
     path, _ = sources.directory_pair(self._entries()[0]["path"])
     return _facts(self, self._tokenizer(path), records.read_manifest(path)["vocab_size"])
@@ -294,7 +297,8 @@ class Python(_Planned):
 
   Fields:
     path: where the prepared data lie; "" is a directory in the workdir.
-    tokenizer: "byte" or "bpe:N". heldout: share of files held out. documents: files to take, 0 all.
+    tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out.
+    documents: files to take, 0 all.
   """
 
   seq_len: int = 256
@@ -307,8 +311,14 @@ class Python(_Planned):
     super().__post_init__()
     if not 0 < self.heldout < 1:
       raise ValueError("heldout must lie between 0 and 1")
-    if not re.fullmatch(r"byte|bpe:\d+", self.tokenizer):
-      raise ValueError("tokenizer must be 'byte' or 'bpe:N'")
+    known = re.fullmatch(r"byte|bpe:\d+", self.tokenizer)
+    if not known and not os.path.isfile(os.path.join(self.tokenizer, tokenizers.FILE)):
+      raise ValueError("tokenizer must be 'byte', 'bpe:N', or a folder with a tokenizer.json")
+
+  def find_tokenizer(self, workdir: str):
+    return (
+      tokenizers.ByteTokenizer() if self.tokenizer == "byte" else self._prepared(workdir).find_tokenizer("")
+    )
 
   def facts(self, workdir: str) -> Meta:
     if self.tokenizer == "byte":
@@ -325,7 +335,12 @@ class Python(_Planned):
         key="path",
         fix="give a workdir, or a path to keep them in",
       )
-    name = f"python-{self.tokenizer.replace(':', '')}-{self.heldout:g}-{self.documents or 'all'}"
+    tokenizer = self.tokenizer.replace(":", "")
+    if os.path.isdir(self.tokenizer):
+      tokenizer = (
+        f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
+      )
+    name = f"python-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -395,7 +410,69 @@ class Digits(_Planned):
     return make("train", batch_size, _plan_file(workdir), heldout)
 
 
-REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits}
+@dataclasses.dataclass(frozen=True)
+class Tokenizer(_Planned):
+  """A tokenizer and no documents: what an imported checkpoint brings. Texts can be evaluated and prompts be
+  continued; there is nothing to train on.
+
+  Fields:
+    path: folder of the tokenizer.json; "" is the workdir. vocab: rows of the model's table; specials whose
+      ids lie beyond it do not exist for the model. specials: names of its specials.
+    mask: id of the mask token where it has no name of its own, −1: by name.
+  """
+
+  path: str = ""
+  vocab: int = 0
+  specials: dict = dataclasses.field(default_factory=dict)
+  mask: int = -1
+
+  def facts(self, workdir: str) -> Meta:
+    return self._open(workdir)[0]
+
+  def build(self, cost, batch_size, seed, workdir) -> Data:
+    return _Texts(*self._open(workdir))
+
+  def _open(self, workdir):
+    path = os.path.join(self.path or workdir, tokenizers.FILE)
+    if not os.path.isfile(path):  # ids can still be fed and sampled
+      return _facts(self, None, self.vocab), None
+    tokenizer = tokenizers.load(path, self.specials or None)
+    facts = _facts(self, tokenizer)
+    vocab = self.vocab or facts.vocab_size
+    special = {k: i if i < vocab else -1 for k, i in facts.specials.items()}
+    special["mask"] = self.mask if self.mask >= 0 else special["mask"]
+    # BOS stands in front of a text where the published tokenizer puts it there.
+    opening = tokenizer.encode_published("")[:1]
+    special["bos"] = int(opening[0]) if len(opening) and opening[0] != special["eos"] else -1
+    return dataclasses.replace(
+      facts, vocab_size=vocab, values=min(facts.values, vocab), specials=special
+    ), tokenizer
+
+
+class _Texts(Data):
+  """Data without documents."""
+
+  def __init__(self, facts: Meta, tokenizer):
+    table = np.zeros(facts.vocab_size, np.int64)
+    if tokenizer is not None:
+      known = tokenizer.token_bytes()[: facts.vocab_size]
+      table[: len(known)] = known
+    self.meta, self.tokenizer, self.readers = facts, tokenizer, []
+    self._token_bytes, self._document_bytes = table, 0
+
+  @property
+  def plan(self):
+    raise records.DataError(
+      "these data are a tokenizer without documents (an imported checkpoint). To train or to evaluate a "
+      "held-out set, prepare documents (genmodels prepare … --tokenizer THIS_FOLDER) and set data.path; to "
+      "evaluate a text, give --text FILE"
+    )
+
+  def heldout(self, batch_size: int = 0) -> Data:
+    return self
+
+
+REGISTRY: dict[str, Any] = {"text": Text, "python": Python, "digits": Digits, "tokenizer": Tokenizer}
 
 
 def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
@@ -406,6 +483,12 @@ def meta(section, *, workdir: str = "", where: str = "data") -> Meta:
   return _built(section, where, lambda c: c.facts(workdir or ""))
 
 
+def tokenizer(section, *, workdir: str = "", where: str = "data"):
+  """The tokenizer of a section without opening the shards; None where ids stand for no text."""
+  find = lambda c: c.find_tokenizer(workdir or "") if hasattr(c, "find_tokenizer") else None
+  return _built(section, where, find)
+
+
 def build(
   section, cost: plans.Cost | None = None, *, batch_size: int, seed: int = 0, workdir: str | None = "",
   where: str = "data",
@@ -413,7 +496,7 @@ def build(
   """The data of a config section.
 
   Args:
-    section: `dict(kind="text" | "python" | "digits", …)`, or a built component of REGISTRY.
+    section: `dict(kind="text" | "python" | "digits" | "tokenizer", …)`, or a built component of REGISTRY.
     cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
       {budget: int[P]}.
     batch_size: rows of the global batch. seed: the run's.

@@ -46,6 +46,10 @@ class ByteTokenizer:
     ids = np.asarray(ids).ravel()
     return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
+  def vocabulary(self) -> dict[str, int]:
+    """{token: id} without the four specials."""
+    return {chr(i): i for i in range(256)}
+
   def token_bytes(self) -> np.ndarray:
     """int32[vocab_size]: bytes of source text that each id stands for (0 for specials)."""
     return (np.arange(self.vocab_size) < 256).astype(np.int32)
@@ -99,6 +103,15 @@ class FileTokenizer:
     """Ids int32[n] of a text, without specials."""
     return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+  def encode_published(self, text: str) -> np.ndarray:
+    """Ids int32[n] as the file's publisher makes them: with the specials that its post-processor adds (BOS),
+    and with special tokens that the text spells out taken as such."""
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return np.asarray(self._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.asarray(e.ids, np.int32) for e in encoded]
@@ -108,6 +121,11 @@ class FileTokenizer:
     skip = set(self.specials.values())
     ids = [int(i) for i in np.asarray(ids).ravel() if 0 <= i < self.vocab_size and int(i) not in skip]
     return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+  def vocabulary(self) -> dict[str, int]:
+    """{token: id} without the four specials."""
+    known = self._tokenizer.get_vocab(with_added_tokens=True)
+    return {t: i for t, i in known.items() if i not in self.specials.values()}
 
   def token_bytes(self) -> np.ndarray:
     """int32[vocab_size]: bytes of source text that each id stands for (0 for specials)."""

@@ -83,18 +83,57 @@ class Evaluator:
       )
     return self._over(self._text_batches(texts), trees, step, block, 1 << 62)
 
-  def _over(self, batches, trees, step, block, limit) -> dict:
-    """Evaluates whole batches (every process needs the bytes of all documents)."""
+  def of_published(self, trees, texts: Sequence[str], length: int = 0, step: int = 0, block: int = 0) -> dict:
+    """The same for texts as the publisher of the tokenizer encodes them: BOS where its post-processor puts
+    it, no EOS, and what lies behind `length` tokens cut off (0: the data's seq_len). One text is one row.
+
+    Raises:
+      ConfigError: no tokenizer, a text without a token to predict, or `length` beyond learned positions.
+    """
+    tokenizer = self.data.tokenizer
+    if not hasattr(tokenizer, "encode_published"):
+      raise ConfigError(
+        "no tokenizer.json, so no text can be evaluated as its publisher would", key="data",
+        value=type(tokenizer).__name__, fix="a folder with a tokenizer.json, or --file",
+      )  # fmt: skip
+    limit = self.parts.model.cfg.learned_pos
+    if length and limit and length > limit:
+      raise ConfigError(
+        f"the model has {limit} positions", key="--length", value=length, fix=f"at most {limit}"
+      )
+    length = length or self.data.meta.seq_len
+    rows = [tokenizer.encode_published(text)[:length] for text in texts]
+    for i, ids in enumerate(rows):
+      if len(ids) < 2:
+        raise ConfigError(
+          "a text of one token has nothing to predict", key="--text", value=i, fix="a longer text"
+        )
+      if int(ids.max()) >= self.data.meta.vocab_size:
+        raise ConfigError(
+          f"the tokenizer makes id {int(ids.max())}", key="model.vocab", value=self.data.meta.vocab_size,
+          fix="the tokenizer of this checkpoint",
+        )  # fmt: skip
+    size = max(map(len, rows))
+    bos = self.data.meta.specials.get(
+      "bos", -1
+    )  # given, as in training: a diffusion model does not pay for it
+    pieces = [(i, 0, ids, int(ids[0] == bos)) for i, ids in enumerate(rows)]
+    shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    return self._over(self._rows(pieces, size, shards), trees, step, block, 1 << 62, shards)
+
+  def _over(self, batches, trees, step, block, limit, rows: int = 0) -> dict:
+    """Evaluates whole batches of `rows` (every process needs the bytes of all documents)."""
+    rows = rows or self.batch_size
     likelihood = self.likelihood(step, block)
     tally = Tally()
-    ranges = multihost.row_ranges(rules.row_sharding(self.mesh), self.batch_size)
+    ranges = multihost.row_ranges(rules.row_sharding(self.mesh), rows)
     with rules.use_mesh(self.mesh):
       for batch in batches:
         if tally.documents >= limit:
           break
         size = self.data.bytes_of(batch).reshape(-1)
         mine = {k: np.concatenate([v[a:b] for a, b in ranges]) for k, v in batch.items()}
-        row = system.row_of(multihost.global_batch(mine, self.mesh, self.batch_size))
+        row = system.row_of(multihost.global_batch(mine, self.mesh, rows))
         nll, tokens = likelihood(trees, row, self.key)
         left = limit - tally.documents
         keep = np.cumsum(tokens > 0) <= left
@@ -104,7 +143,7 @@ class Evaluator:
 
   def _text_batches(self, texts):
     """Batches of one piece a row; a piece begins with the last token of the one before it, as CONTEXT."""
-    meta, B = self.data.meta, self.batch_size
+    meta = self.data.meta
     N, special = meta.seq_len, meta.specials
     pieces = []
     for i, text in enumerate(texts):
@@ -113,8 +152,13 @@ class Evaluator:
       ids = np.concatenate([ends[0], ids, ends[1]])
       starts = range(0, max(len(ids) - 1, 1), N - 1)
       pieces += [(i, j, ids[a : a + N], len(ends[0]) if a == 0 else 1) for j, a in enumerate(starts)]
+    yield from self._rows(pieces, N, self.batch_size)
+
+  def _rows(self, pieces, N: int, B: int):
+    """Batches [B, N] of pieces (text, index, ids, tokens given), one a row."""
+    meta = self.data.meta
     for first in range(0, len(pieces), B):
-      tokens = np.full((B, N), max(special.get("pad", 0), 0), np.int32)
+      tokens = np.full((B, N), max(meta.specials.get("pad", 0), 0), np.int32)
       doc, role = np.full((B, N), -1, np.int32), np.zeros((B, N), np.int32)
       example = np.zeros((B, 1, 2), np.uint32)
       for b, (i, j, ids, given) in enumerate(pieces[first : first + B]):

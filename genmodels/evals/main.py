@@ -1,8 +1,9 @@
-"""`genmodels eval`: bits per token and per byte of a workdir's model.
+"""`genmodels eval`: bits per token and per byte of the model in a workdir, or of an imported checkpoint.
 
-  genmodels eval --workdir runs/ar
+  genmodels eval runs/ar
   genmodels eval --workdir runs/bd3lm --block 8 --draws 64 --json
-  genmodels eval --workdir runs/ar --file notes.txt
+  genmodels eval runs/ar --file notes.txt
+  genmodels eval runs/qwen3 --text notes.txt --length 2048 --json model.dtype=float32
 
 Next-token models report their likelihood, diffusion models an upper bound of the negative log-likelihood.
 """
@@ -21,17 +22,28 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="genmodels eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", required=True, help="folder of a training run")
+  parser.add_argument("--workdir", help="folder of a training run, or an import; may stand without its flag")
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
   parser.add_argument(
     "--file", action="append", default=[], help="a text instead of the held-out set; repeatable"
   )
+  parser.add_argument(
+    "--text", action="append", default=[],
+    help="a text, encoded as its tokenizer's publisher does (BOS, no EOS) and cut at --length; repeatable",
+  )  # fmt: skip
+  parser.add_argument("--length", type=int, default=0, help="tokens of a --text (default: the context)")
   parser.add_argument("--draws", type=int, help="draws of the bound per document (default: eval.draws)")
   parser.add_argument("--documents", type=int, help="held-out documents, 0 all (default: eval.documents)")
   parser.add_argument("--block", type=int, default=0, help="block size (default: the trained one)")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument("overrides", nargs="*", help="key.path=value on the stored config")
-  args = parser.parse_args(argv)
+  args = parser.parse_intermixed_args(argv)  # the folder first, overrides behind the flags
+  if args.workdir is None:
+    if not args.overrides or "=" in args.overrides[0]:
+      parser.error("name the folder of a training run, or an import")
+    args.workdir = args.overrides.pop(0)
+  if args.text and args.file:
+    parser.error("give --text or --file: they encode differently")
 
   import jax
 
@@ -45,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
   section |= {k: v for k, v in (("draws", args.draws), ("documents", args.documents)) if v is not None}
   ecfg = config.build(heldout.EvalConfig, section, "eval")
   evaluator = heldout.Evaluator(ecfg, run.parts, run.mesh, jax.random.key(int(run.cfg.seed)))
-  if args.file:
+  if args.text:
+    texts = [pathlib.Path(f).read_text(encoding="utf-8") for f in args.text]
+    result = evaluator.of_published(run.trees, texts, args.length, run.step, args.block)
+  elif args.file:
     texts = [pathlib.Path(f).read_text(encoding="utf-8") for f in args.file]
     result = evaluator.of_texts(run.trees, texts, run.step, args.block)
   else:

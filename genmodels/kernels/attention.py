@@ -62,7 +62,7 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto"):
 
 def _backend(name: str):
   """Module of an implementation: plan(mask, tiles), attend(q, k, v, plan, scale, soft_cap, deterministic); a
-  Pallas one has unavailable(target) -> str | None too.
+  Pallas one has unavailable(target) -> str | None too, and any may have `gradients`.
 
   Imported when asked for: one platform's Pallas dialect need not import on another's jax.
   """
@@ -107,8 +107,8 @@ def attention(
     return_lse: also return the log-sum-exp of the logits, natural log.
     implementation: see `resolve`.
     tiles: tile sizes; not with a plan, which has its own.
-    deterministic: ask for bit-equal repeats where an implementation has a faster way without. The
-      implementations of this build are always deterministic.
+    deterministic: ask for bit-equal repeats where an implementation has a faster way without: gradients of
+      "pallas_gpu" up to head size 128. All else always is.
 
   Returns:
     out [B, Lq, H, Dv] in q's dtype; with `return_lse` (out, lse float32[B, H, Lq]).
@@ -175,6 +175,46 @@ def merge(outs, lses):
   share = jnp.moveaxis(weight / total, 2, 3)[..., None]  # [segments, B, L, H, 1]
   out = sum(w * o.astype(jnp.float32) for w, o in zip(share, outs, strict=True))
   return out.astype(outs[0].dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def gradients(
+  q: Array,
+  k: Array,
+  v: Array,
+  plan,
+  out: Array,
+  lse: Array,
+  d_out: Array,
+  d_lse: Array,
+  *,
+  scale: float,
+  soft_cap: float | None = None,
+  implementation: str = "auto",
+  deterministic: bool = False,
+) -> tuple[Array, Array, Array]:
+  """dq, dk, dv of attention over several key segments, the part of one segment.
+
+  With out and LSE of all segments the probabilities are the final ones, so parts of dq add up and dk, dv need
+  no correction. An implementation may have `gradients` of the same positional arguments; without one, the
+  segment's forward pass is run again and its gradients weighted by its share of each query's sum.
+
+  Args:
+    q, k, v, plan: as `attention` took them for this segment.
+    out: [B, Lq, H, Dv], lse: float32[B, H, Lq], of all segments together; d_out, d_lse: their cotangents.
+  """
+  implementation = resolve(implementation)
+  if implementation != "reference" and hasattr(own := _backend(implementation), "gradients"):
+    return own.gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic)
+  attend = lambda q, k, v: attention(
+    q, k, v, plan, scale=scale, soft_cap=soft_cap, return_lse=True, implementation=implementation,
+    deterministic=deterministic,
+  )  # fmt: skip
+  (part, part_lse), pull = jax.vjp(attend, q, k, v)
+  share = jnp.where(part_lse > -jnp.inf, jnp.exp(part_lse - lse), 0)  # [B, H, Lq]
+  d_out = d_out.astype(jnp.float32)
+  moved = part.astype(jnp.float32) - out.astype(jnp.float32)
+  d_part_lse = share * ((moved * d_out).sum(-1).transpose(0, 2, 1) + d_lse)
+  return pull(((d_out * share.transpose(0, 2, 1)[..., None]).astype(part.dtype), d_part_lse))
 
 
 def _check(q, k, v, mask):

@@ -32,7 +32,7 @@ from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
-__all__ = ["Plan", "Tiles", "attend", "plan", "toolchain_warning", "unavailable"]
+__all__ = ["Plan", "Tiles", "attend", "gradients", "plan", "toolchain_warning", "unavailable"]
 
 _HEADS = (64, 128, 256)
 _LENGTH = 8  # tensors in swizzled tiles have a multiple of their 8 rows
@@ -77,6 +77,19 @@ def _backward(options, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic=False):
+  """dq, dk, dv of one key segment; arguments as in `kernels.gradients`."""
+  _check(q, k, v)
+  (lq, D), (lk, dv) = (q.shape[1], q.shape[3]), (v.shape[1], v.shape[3])
+  width = next(w for w in _HEADS if w >= max(D, dv))
+  q, k, v, out, d_out = (pad_to(pad_to(x, 1, _LENGTH), 3, width) for x in (q, k, v, out, d_out))
+  lse, d_lse = (pad_to(x, 2, _LENGTH) for x in (lse, d_lse))
+  operands = (q, k, v, plan, out, lse), (d_out.astype(q.dtype), d_lse)
+  residuals, cotangents = vary(operands, axes_of(operands))
+  dq, dk, dv_ = _backward(Options(scale, soft_cap, deterministic), residuals, cotangents)[:3]
+  return dq[:, :lq, :, :D], dk[:, :lk, :, :D], dv_[:, :lk, :, :dv]
 
 
 def unavailable(target: Target) -> str | None:

@@ -1,41 +1,47 @@
-"""Backward of the Hopper kernels (Mosaic GPU): two deterministic kernels.
+"""Backward of the Hopper kernels (Mosaic GPU): a deterministic pair of kernels, and a fused one.
 
-`dq` walks the lines of query tiles, `dkv` the lines of key tiles. Both recompute the probabilities from the
-log-sum-exp the forward kept, so nothing of size Lq × Lk is ever stored:
+All recompute the probabilities from the log-sum-exp the forward kept; nothing of size Lq × Lk is ever stored:
 
   P = 2^(cap(scale · q kᵀ) log2 e − lse log2 e)    dP = dO vᵀ    dS = P (dP − Δ) · cap'
   dV = Pᵀ dO    dK = scale · dSᵀ q    dQ = scale · dS k    Δ = Σ_D out · dO − d_lse
 
-(Dao et al., FlashAttention-2, arXiv 2307.08691, §3.1.2; the LSE's cotangent enters through Δ.) Every thread
-block owns its output rows, the dk, dv one those of all query heads of a key head: no atomics, no buffers per
-query head, and bit-equal repeats.
+(Dao, FlashAttention-2, arXiv 2307.08691, §3.1.2; the LSE's cotangent enters through Δ.)
+
+  pair (deterministic): `_dq` walks the lines of query tiles, `_dkv` those of key tiles; 7 products a tile.
+    Every thread block owns its output rows, those of dk and dv over all query heads of a key head: repeats
+    are equal bit for bit, and nothing is kept per query head.
+  fused: `_dkv` also multiplies dS k and adds it to dq in memory by TMA reduction (Shah et al.,
+    FlashAttention-3, arXiv 2407.08608, §3): 5 products. The order of the additions is not fixed. D 256 has no
+    shared memory left for it and takes the pair.
 
 A thread block is a producer warpgroup, which streams tiles through a ring in shared memory by TMA, and
-consumers of 64 rows each. The scores of `dkv` are transposed (keys are rows): the queries' bounds, LSE and Δ
+consumers of 64 rows each. The scores of `_dkv` are transposed (keys are rows): the queries' bounds, LSE and Δ
 are column vectors that arrive with the query tile, the keys' codes are rows and stay in registers.
 
 How P and dS become operands of the next product:
   fast: in registers, as the left operand of wgmma.
   safe (`Tiles.safe`, and whatever the interpreter runs): through shared memory. For a ptxas that corrupts
     wgmma with a register operand (before CUDA 13.3), and because the interpreter has no such wgmma.
-Nothing else differs; the accumulators of dq, dk, dv stay in wgmma registers over the whole line in both.
+Nothing else differs; the accumulators of dq, dk, dv stay in wgmma registers over the whole line in both. The
+interpreter has no TMA reduction either: there the pieces of dq go to arrays of their own, which XLA sums.
 
-Budgets, for 2 consumers at 232 registers a thread (the producer gives up all but 40) and 227 KiB of shared
-memory. f32 accumulators cost columns / 2 registers a thread, bf16 operands columns / 4; "transient" is S and dP.
+Budgets, for 2 consumers at 240 registers a thread (the producer keeps 24) and 227 KiB of shared memory. An
+f32 accumulator costs half its columns in registers of a thread, a 16-bit operand a quarter.
 
-             step   accumulators     transient   P, dS   sum + vectors   shared memory, 2 stages
-  dq   D 64  128    dq 32            64 + 64     32      192             q, dO 32 + k, v 64          =  96 KiB
-       D 128  64    dq 64            32 + 32     16      144             q, dO 64 + k, v 64          = 128
-       D 256  32    dq 128           16 + 16      8      168             q, dO 128 + k, v 64         = 192
-  dkv  D 64   64    dk 32, dv 32     32 + 32     16 + 16 160             k, v 32 + q, dO 32          =  64
-       D 128  64    dk 64, dv 64     32 + 32     16 + 16 224             k, v 64 + q, dO 64          = 128
-       D 256  64    dk 64, dv 64     32 + 32     16 + 16 224             k, v 64 + q, dO 128         = 192
-The safe mode adds at most 32 KiB (dq, D 64). At D 256 the accumulators of 64 keys would not fit one warpgroup:
-both consumers of dkv take the same 64 keys, compute the same S and dP, and keep half of the columns of dk and
-dv each. The widths of a step are chosen from this table; none has been timed.
+             step   accumulators   S + dP    P, dS     sum   shared memory with 2 stages, KiB
+  dq   D 64  128    dq 32          64 + 64   32        192   q, dO 32 + k, v 64               =  96
+       D 128  64    dq 64          32 + 32   16        144   q, dO 64 + k, v 64               = 128
+       D 256  32    dq 128         16 + 16    8        168   q, dO 128 + k, v 64              = 192
+  dkv  D 64   64    dk 32, dv 32   32 + 32   16 + 16   160   k, v 32 + q, dO 32 [+ dS, dq 64] =  64 [128]
+       D 128  64    dk 64, dv 64   32 + 32   16 + 16   224   k, v 64 + q, dO 64 [+ dS, dq 96] = 128 [224]
+       D 256  64    dk 64, dv 64   32 + 32   16 + 16   224   k, v 64 + q, dO 128              = 192
+In brackets what the fused kernel adds; the safe mode of the pair adds 8 to 32 KiB. ptxas (CUDA 13.5) keeps
+dq and the D 64 kernels free of spills; dkv spills 8 bytes a thread at D 128 (fused 116), 164 at D 256. There
+the accumulators of 64 keys do not fit one warpgroup: both consumers take the same 64 keys, compute the same
+S and dP, and keep half of the columns of dk and dv each. Nothing here has been timed.
 
-Legend: B rows · Lq, Lk lengths · H query heads · Hk key heads (H = Hk · G) · D head size · C chunks of at most
-128 of its columns · M rows of the mask (1 if shared) · T intervals of a query · i, j query and key of a tile.
+Legend: B rows · Lq, Lk lengths · H query heads · Hk key heads (H = Hk · G) · D head size · C chunks of at
+most 128 of its columns · M rows of the mask (1 if shared) · T intervals of a query.
 """
 
 from __future__ import annotations
@@ -62,8 +68,9 @@ _ROWS = 64  # of a warpgroup: the M of wgmma
 _STAGES = 2
 _DQ_STEP = {64: 128, 128: 64, 256: 32}  # keys of a step of dq, by head size
 _DKV_STEP = 64  # queries of a step of dkv
-_REGISTERS = {1: 240, 2: 232}  # of a consumer thread, by consumers
-_PRODUCER_REGISTERS = 40
+# Of a thread, with two consumers: 2 · 240 + 24 = 3 · 168, all that a launch of three warpgroups gets. With
+# one consumer everyone has enough.
+_REGISTERS, _PRODUCER_REGISTERS = 240, 24
 
 _TILE = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
@@ -129,8 +136,8 @@ def backward(
   Args:
     options: Options of the forward call.
     plan: Plan of the mask.
-    q: [B, Lq, H, D], k, v: [B, Lk, Hk, D], bfloat16 or float16, D 64, 128 or 256.
-    out: [B, Lq, H, D], lse: float32[B, H, Lq] (natural log, −inf for a query that sees no key), of the forward.
+    q: [B, Lq, H, D], k, v: [B, Lk, Hk, D], bfloat16 or float16; D 64, 128 or 256, lengths multiples of 8.
+    out: [B, Lq, H, D], lse: float32[B, H, Lq], of the forward: natural log, −inf for a query without a key.
     d_out: [B, Lq, H, D], d_lse: float32[B, H, Lq], their cotangents.
 
   Raises:
@@ -213,7 +220,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
 
     @pl.when(wg < kernel.consumers)
     def _():
-      _take_registers(kernel)
+      _set_registers(kernel, _REGISTERS)
       plgpu.barrier_wait(own)
       lse = plgpu.load(rows_s.at[0, pl.ds(wg * _ROWS, _ROWS)], layout=_ROW)
       delta = plgpu.load(rows_s.at[1, pl.ds(wg * _ROWS, _ROWS)], layout=_ROW)
@@ -237,16 +244,18 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
               if masked:
                 c = _spread(plgpu.load(code_s.at[slot], layout=_COLUMN), (_ROWS, step), 1)
                 seen = (c >= _spread(lo, c.shape, 0)) & (c < _spread(hi, c.shape, 0))
-              p, slope = _probabilities(
+              _, weight = _probabilities(
                 kernel.options, _loaded(s_acc, chunks), _spread(lse, (_ROWS, step), 0), seen
               )
-              ds = p * (_loaded(dp_acc, 0) - _spread(delta, p.shape, 0))
+              ds = weight * (_loaded(dp_acc, 0) - _spread(delta, weight.shape, 0))
               plgpu.barrier_arrive(v_free.at[slot])
-              return ds if slope is None else ds * slope
+              return ds
 
             ds = pl.run_scoped(scores, *[plgpu.ACC((_ROWS, step), jnp.float32)] * 2)
             ds = ds.astype(q_g.dtype)
             left = _staged(ds, ds_s.at[wg]) if kernel.safe else ds
+            if masked and not kernel.safe:
+              plgpu.commit_smem()  # the codes are read before TMA writes the next ones
             for c in range(chunks):
               plgpu.wgmma(dq_acc[c], left, k_s.at[slot, c])
             plgpu.wgmma_wait(0)
@@ -270,7 +279,7 @@ def _dq(kernel: _Kernel, lines: Lines, q, k, v, d_out, rows, bounds, code) -> Ar
 
     @pl.when(wg == kernel.consumers)
     def _():
-      plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+      _set_registers(kernel, _PRODUCER_REGISTERS)
       for part in range(parts):
         at = pl.ds(first + part * _ROWS, _ROWS)
         _copy(kernel, q_g.at[b, at, h], q_s.at[part], own)
@@ -371,7 +380,7 @@ def _dkv(
 
     @pl.when(wg < consumers)
     def _():
-      _take_registers(kernel)
+      _set_registers(kernel, _REGISTERS)
       part, chunk = (0, wg) if kernel.shared_rows else (wg, 0)  # what this warpgroup owns of dk and dv
       keys = pl.ds(first + part * _ROWS, _ROWS)
       code = plgpu.load(code_g.at[m, keys], layout=_ROW, optimized=False)
@@ -390,6 +399,7 @@ def _dkv(
               _multiply(dp_acc, v_s.at[part], do_s.at[slot], chunks)
               if fused:
                 _wait_for_room(i, ds_free, slot)
+              s = _loaded(s_acc, chunks)  # first: comparisons made before it would wait in registers
               seen = None
               if masked:
                 c = _spread(code, shape, 0)
@@ -398,17 +408,18 @@ def _dkv(
                 )
                 seen = (c >= lo) & (c < hi)
               lse = _spread(plgpu.load(rows_s.at[slot, 0], layout=_COLUMN), shape, 1)
-              p, slope = _probabilities(kernel.options, _loaded(s_acc, chunks), lse, seen)
+              p, weight = _probabilities(kernel.options, s, lse, seen)
               left = p.astype(q_g.dtype)
               plgpu.wgmma(dv_acc, _staged(left, staged) if kernel.safe else left, do_s.at[slot, chunk])
               # In the safe mode dS takes the place of P, which dV must have read by then.
               dp = _loaded(dp_acc, 0 if kernel.safe else 1)
-              ds = p * (dp - _spread(plgpu.load(rows_s.at[slot, 1], layout=_COLUMN), shape, 1))
-              return ds if slope is None else ds * slope
+              return weight * (dp - _spread(plgpu.load(rows_s.at[slot, 1], layout=_COLUMN), shape, 1))
 
             ds = pl.run_scoped(products, *[plgpu.ACC(shape, jnp.float32)] * 2).astype(q_g.dtype)
             if fused or kernel.safe:
               in_shared = _staged(ds, staged)
+            else:
+              plgpu.commit_smem()  # the vectors are read before TMA writes the next ones
             if fused:
               plgpu.barrier_arrive(ds_full.at[slot])
             plgpu.wgmma(dk_acc, in_shared if kernel.safe else ds, q_s.at[slot, chunk])
@@ -441,7 +452,7 @@ def _dkv(
 
     @pl.when(wg == consumers)
     def _():
-      plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+      _set_registers(kernel, _PRODUCER_REGISTERS)
       for part in range(parts):
         keys = pl.ds(first + part * _ROWS, _ROWS)
         _copy(kernel, k_g.at[b, keys, hk], k_s.at[part], own)
@@ -504,16 +515,16 @@ def _place(kernel: _Kernel, lines: Lines, line_g, b):
 
 
 def _probabilities(options: Options, s, lse, seen):
-  """P float32 of raw products s, and the slope of the soft-cap (None without one). lse: base 2."""
-  slope = None
+  """P float32 of raw products s, and P times the slope of the soft-cap. lse: base 2."""
   if options.soft_cap is None:
     z = s * (options.scale * _LOG2E)
   else:
     ratio = jnp.tanh(s * (options.scale / options.soft_cap))
-    z, slope = ratio * (options.soft_cap * _LOG2E), 1.0 - ratio * ratio
+    z = ratio * (options.soft_cap * _LOG2E)
   if seen is not None:
     z = jnp.where(seen, z, _MASKED)
-  return jnp.exp2(z - lse), slope
+  p = jnp.exp2(z - lse)
+  return p, p if options.soft_cap is None else p * (1.0 - ratio * ratio)
 
 
 def _multiply(acc, a, b, chunks: int):
@@ -551,8 +562,9 @@ def _copy(kernel: _Kernel, source, to, barrier):
     plgpu.copy_gmem_to_smem(source.at[:, _columns(kernel, c)], to.at[c], barrier)
 
 
-def _take_registers(kernel: _Kernel):
-  plgpu.set_max_registers(_REGISTERS[kernel.consumers], action="increase")
+def _set_registers(kernel: _Kernel, count: int):
+  if kernel.consumers == 2:
+    plgpu.set_max_registers(count, action="increase" if count == _REGISTERS else "decrease")
 
 
 def _wait_for_room(i, free, slot):

@@ -13,8 +13,10 @@ with v:
     because the interpreter has neither such a wgmma nor accumulators with an initial value.
 Nothing else differs.
 
-Work order: thread blocks start by falling number of entries, inside sections of heads whose keys and values
-fit the L2 cache together, so that the blocks which run at one time share them.
+Work order: items (a query tile of a head) by falling number of entries, inside sections of heads whose keys
+and values fit the L2 cache together, so that the blocks which run at one time share them. A thread block
+takes one item; with `Tiles.blocks` it takes many, and its producer fetches the keys of the next one while the
+consumers still finish theirs.
 
 Budgets at 232 registers a thread (the producer gives up all but 40) and 227 KiB of shared memory; f32
 accumulators cost columns / 2 registers a thread, bf16 operands and the codes of a masked step columns / 4:
@@ -32,6 +34,7 @@ Legend: B rows · M rows of the mask (1 if shared) · Lq, Lk lengths, Lq' padded
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +62,24 @@ _TILE = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
 
 
+class _Item(NamedTuple):
+  """A query tile of a head: scalars of a thread block.
+
+  Attributes:
+    b, hk, h: row, key head, query head.
+    m, r: row of the mask, row of its table.
+    partial, total: steps with the mask, steps.
+  """
+
+  b: Array
+  hk: Array
+  h: Array
+  m: Array | int
+  r: Array
+  partial: Array
+  total: Array
+
+
 def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   """out [B, Lq, H, D] in q's dtype, lse float32[B, H, Lq] (natural log; −inf for a query that sees no key).
 
@@ -77,31 +98,54 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
   steps = tiles.k // step  # of an entry
   stages = tiles.stages or _stages(D, step, T, safe)
   section = _section(B * Hk, 2 * Lk * D * q.dtype.itemsize)
+  N = lines.line.shape[1]
+  items = B * H * N
+  blocks = min(tiles.blocks or items, items)
 
   def body(
     q_g, k_g, v_g, code_g, lo_g, hi_g, line_g, count_g, entry_g, out_g, lse_g,
     q_s, k_s, v_s, code_s, bounds_s, lse_s, p_s, q_full, k_full, v_full, k_free, v_free, turn,
   ):  # fmt: skip
-    wg, r, head = lax.axis_index("wg"), lax.axis_index("r"), lax.axis_index("head")
-    pair = lax.axis_index("section") * section + lax.div(head, jnp.int32(G))
-    b, hk = lax.div(pair, jnp.int32(Hk)), lax.rem(pair, jnp.int32(Hk))
-    h = hk * G + lax.rem(head, jnp.int32(G))
-    m = b if M > 1 else 0
-    partial = count_g[m, r, 0] * steps
-    total = partial + count_g[m, r, 1] * steps
-    rows = pl.ds(line_g[m, r] * tiles.q + lax.rem(wg, jnp.int32(_CONSUMERS)) * _ROWS, _ROWS)
+    wg = lax.axis_index("wg")
+
+    def each_item(work):
+      """Calls work(item, steps done before) for the items of this thread block; the steps of all."""
+      block = lax.axis_index("block")
+      if blocks == items:
+        return work(item(block), 0)
+
+      def place(n):
+        """Items are sorted by length: dealing every other round backwards evens the sums out."""
+        return n * blocks + jnp.where(lax.rem(n, jnp.int32(2)) == 0, block, blocks - 1 - block)
+
+      full = items // blocks
+      rounds = full + (place(jnp.int32(full)) < items).astype(jnp.int32)
+      return lax.fori_loop(0, rounds, lambda n, done: work(item(place(n)), done), 0)
+
+    def item(n):
+      head = lax.rem(n, jnp.int32(section * G))
+      n = lax.div(n, jnp.int32(section * G))
+      r, n = lax.rem(n, jnp.int32(N)), lax.div(n, jnp.int32(N))
+      pair = n * section + lax.div(head, jnp.int32(G))
+      b, hk = lax.div(pair, jnp.int32(Hk)), lax.rem(pair, jnp.int32(Hk))
+      h, m = hk * G + lax.rem(head, jnp.int32(G)), b if M > 1 else 0
+      partial = count_g[m, r, 0] * steps
+      return _Item(b, hk, h, m, r, partial, partial + count_g[m, r, 1] * steps)
+
+    def slot_of(step):
+      return lax.rem(step, jnp.int32(stages))
 
     def take_turns():
       """Lets the other consumer go on, and waits until it does the same."""
       plgpu.barrier_arrive(turn)
       plgpu.barrier_wait(turn)
 
-    def entry(i):
-      return entry_g[m, r, lax.div(i, jnp.int32(steps)) if steps > 1 else i]
+    def entry(at, i):
+      return entry_g[at.m, at.r, lax.div(i, jnp.int32(steps)) if steps > 1 else i]
 
-    @pl.when(wg < _CONSUMERS)
-    def _():
-      plgpu.set_max_registers(_REGISTERS, action="increase")
+    def consume(at, done):
+      b, h, m = at.b, at.h, at.m
+      rows = pl.ds(line_g[m, at.r] * tiles.q + wg * _ROWS, _ROWS)
       plgpu.copy_gmem_to_smem(q_g.at[b, rows, h], q_s.at[wg], q_full.at[wg])
       plgpu.copy_gmem_to_smem(lo_g.at[m, :, rows], bounds_s.at[wg, 0], q_full.at[wg])
       plgpu.copy_gmem_to_smem(hi_g.at[m, :, rows], bounds_s.at[wg, 1], q_full.at[wg])
@@ -110,13 +154,13 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
       plgpu.barrier_wait(q_full.at[wg])
 
       def wait_for_keys(i):
-        pl.when(i < total)(lambda: plgpu.barrier_wait(k_full.at[lax.rem(i, jnp.int32(stages))]))
+        pl.when(i < at.total)(lambda: plgpu.barrier_wait(k_full.at[slot_of(done + i)]))
 
       def step_of(masked):
         def do(i, carry):
           acc, top, mass = carry
-          slot = lax.rem(i, jnp.int32(stages))
-          t = term(entry(i)) if masked and T > 1 else 0
+          slot = slot_of(done + i)
+          t = term(entry(at, i)) if masked and T > 1 else 0
 
           def products(s_acc):
             plgpu.wgmma(s_acc, q_s.at[wg], k_s.at[slot].transpose((1, 0)))
@@ -128,7 +172,9 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
           if masked:
             c = _spread(plgpu.load(code_s.at[slot], layout=_COLUMN), s.shape, 1)
             lo, hi = (plgpu.load(bounds_s.at[wg, x, t], layout=_ROW) for x in range(2))
-            seen = (c >= _spread(lo, s.shape, 0)) & (c < _spread(hi, s.shape, 0))
+            # lo <= c < hi in one comparison: below lo the difference wraps to the largest numbers.
+            width = jnp.maximum(hi - lo, 0).astype(jnp.uint32)
+            seen = (c - _spread(lo, s.shape, 0)).astype(jnp.uint32) < _spread(width, s.shape, 0)
             s = jnp.where(seen, s, _MASKED / unit)
             plgpu.commit_smem()  # the codes are read before TMA writes the next ones
           plgpu.barrier_arrive(k_free.at[slot])
@@ -167,8 +213,8 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
 
       wait_for_keys(0)
       pl.when(wg == 1)(take_turns)
-      carry = lax.fori_loop(0, partial, step_of(True), (acc, top, mass))
-      acc, top, mass = lax.fori_loop(partial, total, step_of(False), carry)
+      carry = lax.fori_loop(0, at.partial, step_of(True), (acc, top, mass))
+      acc, top, mass = lax.fori_loop(at.partial, at.total, step_of(False), carry)
       pl.when(wg == 0)(take_turns)
 
       some = mass > 0
@@ -179,29 +225,37 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
       plgpu.copy_smem_to_gmem(q_s.at[wg], out_g.at[b, rows, h])
       plgpu.copy_smem_to_gmem(lse_s.at[wg], lse_g.at[b, h, rows])
       plgpu.wait_smem_to_gmem(0)
+      return done + at.total
+
+    def produce(at, done):
+      def copy(i, _):
+        slot, again = slot_of(done + i), done + i >= stages
+        first = column(entry(at, i)) * tiles.k
+        keys = pl.ds(first + lax.rem(i, jnp.int32(steps)) * step if steps > 1 else first, step)
+        pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
+        plgpu.copy_gmem_to_smem(k_g.at[at.b, keys, at.hk], k_s.at[slot], k_full.at[slot])
+        plgpu.copy_gmem_to_smem(code_g.at[at.m, keys], code_s.at[slot], k_full.at[slot])
+        pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
+        plgpu.copy_gmem_to_smem(v_g.at[at.b, keys, at.hk], v_s.at[slot], v_full.at[slot])
+
+      lax.fori_loop(0, at.total, copy, None)
+      return done + at.total
+
+    @pl.when(wg < _CONSUMERS)
+    def _():
+      plgpu.set_max_registers(_REGISTERS, action="increase")
+      each_item(consume)
 
     @pl.when(wg == _CONSUMERS)
     def _():
       plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-
-      @pl.loop(0, total)
-      def _(i):
-        slot = lax.rem(i, jnp.int32(stages))
-        first = column(entry(i)) * tiles.k
-        keys = pl.ds(first + lax.rem(i, jnp.int32(steps)) * step if steps > 1 else first, step)
-        again = i >= stages
-        pl.when(again)(lambda: plgpu.barrier_wait(k_free.at[slot]))
-        plgpu.copy_gmem_to_smem(k_g.at[b, keys, hk], k_s.at[slot], k_full.at[slot])
-        plgpu.copy_gmem_to_smem(code_g.at[m, keys], code_s.at[slot], k_full.at[slot])
-        pl.when(again)(lambda: plgpu.barrier_wait(v_free.at[slot]))
-        plgpu.copy_gmem_to_smem(v_g.at[b, keys, hk], v_s.at[slot], v_full.at[slot])
+      done = each_item(produce)
 
       # Every arrival is awaited before the barriers go away.
-      @pl.loop(jnp.maximum(total - stages, 0), total)
+      @pl.loop(jnp.maximum(done - stages, 0), done)
       def _(i):
-        slot = lax.rem(i, jnp.int32(stages))
-        plgpu.barrier_wait(k_free.at[slot])
-        plgpu.barrier_wait(v_free.at[slot])
+        plgpu.barrier_wait(k_free.at[slot_of(i)])
+        plgpu.barrier_wait(v_free.at[slot_of(i)])
 
   def operand(*shape):
     swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
@@ -232,8 +286,8 @@ def forward(options: Options, plan: Plan, q: Array, k: Array, v: Array) -> tuple
       barrier(_CONSUMERS, stages),
       barrier(_CONSUMERS, 1),
     ],
-    grid=(B * Hk // section, lines.line.shape[1], section * G),
-    grid_names=("section", "r", "head"),  # the last one runs fastest
+    grid=(blocks,),
+    grid_names=("block",),
     num_threads=_CONSUMERS + 1,
     thread_name="wg",
     kernel_name="attention_forward",

@@ -7,8 +7,8 @@ that is exact, because intervals are disjoint. Thread blocks start in the order 
 of a table are sorted by length: long lines start first and the short ones fill the gaps at the end.
 
 Legend: B rows of the mask · T intervals · I query tiles · J key tiles · N lines (I, or J in the transposed
-lists) · C capacity of a line (T times the tiles of the other side, the worst case) · Lq', Lk' lengths padded
-to every tile size.
+lists) · C capacity of a line: T times the tiles of the other side, the worst case (with 128 × 128 tiles and
+T = 2, 2 MB a row of 64k tokens, 134 MB of 512k) · Lq', Lk' lengths padded to every tile size.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Tiles(NamedTuple):
     dq: (q, k) of the dq kernel, whose lines are query tiles. Equal to (q, k), it shares the forward's list.
     dkv: (q, k) of the dk, dv kernel, whose lines are key tiles.
     safe: pass the probabilities through shared memory instead of registers (see `pallas_gpu`).
+    blocks: thread blocks of the forward, which share the query tiles out among them (the processors of the
+      chip: 132 of an H100 or H200 SXM); 0 starts one per query tile.
   """
 
   q: int = 128
@@ -63,6 +65,7 @@ class Tiles(NamedTuple):
   dq: tuple[int, int] = (128, 128)
   dkv: tuple[int, int] = (64, 128)
   safe: bool = False
+  blocks: int = 0
 
 
 @pytree()
@@ -163,10 +166,11 @@ def pad_to(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
 def _checked(tiles: Tiles) -> Tiles:
   tiles = tiles._replace(dq=tuple(tiles.dq), dkv=tuple(tiles.dkv))
   edges = (tiles.q, tiles.k, *tiles.dq, *tiles.dkv)
-  if tiles.q != 128 or any(e <= 0 or e % 64 for e in edges) or tiles.stages not in (0, 2, 3, 4):
+  wrong = tiles.q != 128 or any(e <= 0 or e % 64 for e in edges)
+  if wrong or tiles.stages not in (0, 2, 3, 4) or tiles.blocks < 0:
     raise ValueError(
       f"plan: the Hopper kernels take q = 128 (two warpgroups of 64), every other edge a multiple of 64, "
-      f"stages 0 (as many as fit) or 2 to 4; got {tiles}; drop `tiles` for the defaults"
+      f"stages 0 (as many as fit) or 2 to 4, blocks >= 0; got {tiles}; drop `tiles` for the defaults"
     )
   return tiles
 

@@ -31,7 +31,7 @@ from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
-__all__ = ["Plan", "Tiles", "attend", "attend_pages", "plan", "unavailable", "vmem_bytes"]
+__all__ = ["Plan", "Tiles", "attend", "attend_pages", "gradients", "plan", "unavailable", "vmem_bytes"]
 
 _MSB = -(2**31)
 _MIB = 2**20
@@ -68,6 +68,14 @@ def attend(
   del deterministic  # it always is
   operands = (q, k, v, plan)
   return _attend(_options(scale, soft_cap), *vary(operands, axes_of(operands)))
+
+
+def gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic=False):
+  """dq, dk, dv of one key segment; arguments as in `kernels.gradients`."""
+  del deterministic
+  operands = (q, k, v, plan, out, lse), (d_out, d_lse)
+  residuals, cotangents = vary(operands, axes_of(operands))
+  return _backward(_options(scale, soft_cap), residuals, cotangents)[:3]
 
 
 def attend_pages(

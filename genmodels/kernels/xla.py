@@ -34,7 +34,7 @@ class _Options(NamedTuple):
   soft_cap: float | None
 
 
-__all__ = ["attend", "plan"]
+__all__ = ["attend", "gradients", "plan"]
 
 
 def attend(
@@ -139,6 +139,14 @@ def _backward(options, residuals, cotangents):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def gradients(q, k, v, plan, out, lse, d_out, d_lse, scale, soft_cap, deterministic=False):
+  """dq, dk, dv of one key segment; arguments as in `kernels.gradients`."""
+  del deterministic
+  operands = (q, k, v, plan, out, lse), (d_out, d_lse)
+  residuals, cotangents = vary(operands, axes_of(operands))
+  return _backward(_Options(scale, soft_cap), residuals, cotangents)[:3]
 
 
 def _scores(options, q, k, lo, hi, code):

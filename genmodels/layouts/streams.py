@@ -6,6 +6,7 @@ Legend: B rows · N clean tokens · S physical slots · A slots asked for.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 
 from genmodels import rows
 from genmodels.contracts import CLEAN, Noise, Row, Slots
+from genmodels.layouts import placement
 
 Array = jax.Array
 
@@ -23,13 +25,27 @@ class Streams:
 
   Fields:
     streams: names; "c" is the clean one, the k-th other one is noisy copy k.
+    placement: where slots lie on a mesh with a context axis: "none" as arranged, "zigzag", "balanced" by the
+      pairs that each piece of a row sees; see layouts/placement.py. Does nothing without such an axis.
+    pieces: pieces of a row on each context shard under "balanced".
+    whole_blocks: length of the longest block, to keep every block on one shard (slots are padded for it):
+      noisy keys that only their own block sees then stay there. 0 cuts blocks, all keys travel.
   """
 
   streams: tuple[str, ...] = (CLEAN,)
+  placement: str = "none"
+  pieces: int = 4
+  whole_blocks: int = 0
 
   def __post_init__(self):
     if not self.streams or len(set(self.streams)) != len(self.streams):
       raise ValueError(f"streams is {self.streams}; name each stream once, for example ('n', 'c')")
+    if self.placement not in placement.KINDS:
+      raise ValueError(f"placement is {self.placement!r}; it must be one of {', '.join(placement.KINDS)}")
+    if self.pieces < 1 or self.whole_blocks < 0:
+      raise ValueError(f"pieces is {self.pieces}, whole_blocks {self.whole_blocks}; at least 1 and 0")
+    if self.whole_blocks and self.placement == "none":
+      raise ValueError(f"whole_blocks is {self.whole_blocks}, placement 'none'; set 'zigzag' or 'balanced'")
 
   @property
   def noisy(self) -> tuple[str, ...]:
@@ -94,3 +110,15 @@ class Streams:
       blk_hi=of(noise.blk_hi),
       where=where,
     )
+
+  def place(self, slots: Slots, shards: int, pairs: Callable[[], Array] | None = None) -> Slots:
+    """All slots of a row, permuted (and padded) for `shards` context shards.
+
+    Args:
+      pairs: () → int32[B, S], visible keys of every slot; asked for under "balanced" only.
+    """
+    if self.placement == "none" or shards == 1:
+      return slots
+    if self.placement == "zigzag":
+      return placement.place(slots, shards, 2, self.whole_blocks)
+    return placement.place(slots, shards, self.pieces, self.whole_blocks, pairs())

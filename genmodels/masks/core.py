@@ -20,7 +20,7 @@ CODE_HIDDEN = -(2**30)  # a key nobody sees: padding, an empty slot
 MAX_TERMS = 4  # a tile-list entry has two bits for the interval
 
 
-@pytree()
+@pytree("shards", "local")
 class AttnMask:
   """Which keys each query sees.
 
@@ -30,11 +30,15 @@ class AttnMask:
   Fields:
     code: int32[B, Lk].
     lo, hi: int32[B, T, Lq].
+    shards, local: of keys that a layout placed for `shards` context shards: spans (start, stop) of each
+      shard's slots whose keys no query of another shard sees. Static; without them all keys travel.
   """
 
   code: Array
   lo: Array
   hi: Array
+  shards: int = 1
+  local: tuple[tuple[int, int], ...] = ()
 
   def to_dense(self) -> Array:
     """bool[B, Lq, Lk]. Quadratic: for tests, tools and the reference kernel."""

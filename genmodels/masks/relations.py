@@ -168,7 +168,17 @@ class Relations:
     # Intervals in different streams are disjoint; only a union within one stream can overlap or touch.
     return normalise(lo, hi) if union else (lo, hi)
 
+  def block_local(self, stream: str) -> bool:
+    """Whether keys of `stream` are seen from within their own block only (or by nobody)."""
+    clauses = [clause for (_, k), r in self.table if k == stream for clause in parse(r)]
+    return all({"BLK_EQ", "SELF"} & {atom for atom, _ in clause} for clause in clauses)
+
   def mask(self, slots: Slots, code: Array | None = None) -> AttnMask:
     """AttnMask of these slots as queries over `code` int32[B, Lk] (by default the slots' own codes)."""
     lo, hi = self.bounds(slots)
-    return AttnMask(self.codes(slots) if code is None else code, lo, hi)
+    if code is not None:
+      return AttnMask(code, lo, hi)
+    part = slots.src.shape[1] // slots.shards // len(self.streams)
+    local = [i for i, s in enumerate(self.streams) if slots.whole_blocks and self.block_local(s)]
+    local = tuple((i * part, (i + 1) * part) for i in local) if len(local) < len(self.streams) else ()
+    return AttnMask(self.codes(slots), lo, hi, slots.shards, local)

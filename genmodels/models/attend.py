@@ -1,13 +1,15 @@
-"""Attention and table lookups over the mesh: rows over data × fsdp, heads over tensor, queries over context.
+"""Attention and table lookups over the mesh: rows over data × fsdp, heads over tensor, slots over context.
 
 Kernels see local rows and heads only. Tile lists are built once per call and mask pattern, on each
-device for its own rows and queries, and every layer shares them.
+device for its own rows and queries, and every layer shares them. Over the context axis keys are gathered or
+go round, see kernels.context.
 
 Legend: B rows · S slots · H query heads · G key heads · K head dimension · Lc cached keys.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from genmodels import kernels
+from genmodels.kernels import context
 from genmodels.masks import AttnMask
 from genmodels.parallel import current_mesh
 from genmodels.parallel.rules import BATCH_AXES
@@ -65,8 +68,15 @@ def lookup(table, ids, split_rows: bool = False):
   return jax.shard_map(local, mesh=mesh, in_specs=(P(rows), P(b, c)), out_specs=P(b, c))(table, ids)
 
 
-def plans(masks: dict[str, AttnMask], rows: int, implementation: str = "auto") -> dict:
-  """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own."""
+def plans(
+  masks: dict[str, AttnMask], rows: int, implementation: str = "auto", strategy: str | None = None
+) -> dict:
+  """Tile lists of each mask pattern for `rows` rows; on a mesh each device holds its own.
+
+  Args:
+    strategy: one of context.STRATEGIES for keys that are split over the context axis as the queries are; None
+      for keys that every context shard holds whole (a cache).
+  """
   build = lambda m: kernels.plan(m, implementation=implementation)
   mesh = active_mesh()
   if mesh is None:
@@ -75,8 +85,16 @@ def plans(masks: dict[str, AttnMask], rows: int, implementation: str = "auto") -
   for name, mask in masks.items():
     b, c = split(mesh, BATCH_AXES, rows), split(mesh, ("context",), mask.lo.shape[2])
     r = b if mask.code.shape[0] > 1 else None
-    spec = AttnMask(P(r), P(r, None, c), P(r, None, c))
-    out[name] = jax.shard_map(build, mesh=mesh, in_specs=(spec,), out_specs=P(b + c))(mask)
+    along = c if strategy else ()
+    spec = mask.replace(code=P(r, along), lo=P(r, None, c), hi=P(r, None, c))
+    made, specs = build, P(b + c)
+    if c and strategy:
+      local = mask.local if mask.shards == mesh.shape["context"] else ()
+      made = functools.partial(
+        context.plan, axis="context", strategy=strategy, local=local, implementation=implementation
+      )
+      specs = context.specs(strategy, local, b + c)
+    out[name] = jax.shard_map(made, mesh=mesh, in_specs=(spec,), out_specs=specs)(mask)
   return out
 
 
@@ -86,20 +104,24 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
 
   Args:
     q: [B, S, H, K]; k, v: [B, S, G, K].
-    plan: of this call's mask. cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
+    plan: of this call's mask, from `plans`.
+    cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None.
 
   Returns:
     [B, S, H, K].
   """
   options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
+  over_slots = kernels.attention
+  if isinstance(plan, context.Plan):
+    over_slots = functools.partial(context.attention, axis="context")
 
   def local(q, k, v, plan, cache):
     if cache is None:
-      return kernels.attention(q, k, v, plan, **options)
+      return over_slots(q, k, v, plan, **options)
     ck, cv, cplan = cache
     parts = [
       kernels.attention(q, ck.astype(q.dtype), cv.astype(q.dtype), cplan, return_lse=True, **options),
-      kernels.attention(q, k, v, plan, return_lse=True, **options),
+      over_slots(q, k, v, plan, return_lse=True, **options),
     ]
     return kernels.merge(*zip(*parts))[0]
 
@@ -109,10 +131,11 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
   b, c = split(mesh, BATCH_AXES, q.shape[0]), split(mesh, ("context",), q.shape[1])
   t = split(mesh, ("tensor",), q.shape[2])
   widen = lambda x: _repeat(x, q.shape[2], mesh.shape["tensor"] if t else 1)
-  heads, keys = P(b, c, t), P(b, None, t)
+  heads, cached, lists = P(b, c, t), P(b, None, t), P(b + c)
   if cache is not None:
     cache = (widen(cache[0]), widen(cache[1]), cache[2])
-  specs = (heads, keys, keys, P(b + c), None if cache is None else (keys, keys, P(b + c)))
+  own = context.specs(plan.strategy, plan.local, b + c) if isinstance(plan, context.Plan) else lists
+  specs = (heads, heads, heads, own, None if cache is None else (cached, cached, lists))
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads)(q, widen(k), widen(v), plan, cache)
 
 

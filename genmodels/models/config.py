@@ -188,7 +188,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class TrunkConfig:
-  """One transformer: Llama, Qwen2, Qwen3, GPT-2, LlamaGen and VAR class models.
+  """One transformer: Llama, Mistral, Qwen2, Qwen3, Gemma, GPT-2, LlamaGen and VAR class models.
 
   Fields:
     width: model dimension D.
@@ -201,6 +201,7 @@ class TrunkConfig:
     layers, pattern: shorthand for `segments`: `pattern` repeated, and a remainder segment.
     segments: the stack.
     norm: "rms" or "layer"; eps; norm_offset: weight is 1 + w (Gemma); norm_affine: has weights.
+    post_norm: a second norm behind attention and MLP, before the residual sum (Gemma 2 and 3).
     qk_norm: "none", "rms" (per head, learned weight: Qwen3) or "l2" (unit q and k, learned
       temperature per head: VAR).
     bias: sites with a bias, see `Site`.
@@ -214,6 +215,7 @@ class TrunkConfig:
     dtype, param_dtype: compute and master types. remat: see Remat.
     init_std: of every normal draw; init_out_scale: residual output weights are divided by √(2·layers).
     attention: implementation name handed to the kernels ("auto").
+    context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
   """
 
@@ -233,6 +235,7 @@ class TrunkConfig:
   eps: float = 1e-6
   norm_offset: bool = False
   norm_affine: bool = True
+  post_norm: bool = False
   qk_norm: Literal["none", "rms", "l2"] = "none"
   activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
   gated: bool = True
@@ -253,6 +256,7 @@ class TrunkConfig:
   init_std: float = 0.02
   init_out_scale: bool = False
   attention: str = "auto"
+  context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
 
   def __post_init__(self):

@@ -235,7 +235,7 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """Pre-norm attention and MLP, with AdaLN-zero if configured. (x, new keys and values).
+  """Pre-norm attention and MLP, with post-norms and AdaLN-zero if configured. (x, new keys and values).
 
   AdaLN-zero (VAR, DiT): x += g₁·attn(norm(x)(1 + s₁) + b₁), the MLP alike, with g, s, b linear in
   silu(condition), starting at 0. A slot with cond_index −1 has g = 1, s = b = 0.
@@ -257,9 +257,12 @@ class Layer(nn.Module):
       m = modulation(checkpoint_name(mod, "mod"), ctx["cond_index"], (1, 1, 0, 0, 0, 0))
       shift = lambda y, i: y * (1 + m[2 + i]) + m[4 + i]
       gate = lambda y, i: y * m[i]
+    post = (lambda y, name: trunk_norm(cfg, name)(y)) if cfg.post_norm else lambda y, name: y
     y, new = Attention(cfg, self.spec, name="attn")(shift(trunk_norm(cfg, "attn_norm")(x), 0), cache, ctx)
+    y = post(y, "attn_post_norm")
     x = constrain(x + gate(dropout(self, y), 0), ("batch", "seq", "act_embed"))
     y = Mlp(cfg, name="mlp")(shift(trunk_norm(cfg, "mlp_norm")(x), 1), ctx.get("route"))
+    y = post(y, "mlp_post_norm")
     return constrain(x + gate(dropout(self, y), 1), ("batch", "seq", "act_embed")), new
 
 

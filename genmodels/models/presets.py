@@ -1,6 +1,6 @@
 """Model classes by name: fields of TrunkConfig that a config section starts from (`preset="qwen3-0.6b"`).
 
-Sizes are those of the published checkpoints; the HF reader (`genmodels.checkpoint.hf_names`) derives the
+Sizes are those of the published checkpoints; the HF reader (`genmodels.checkpoint.hf_config`) derives the
 same fields from a config.json.
 """
 

@@ -259,7 +259,7 @@ class Trunk(nn.Module):
     if self.is_initializing():
       return ctx, None
     masks = {p: inputs.masks[p] for p in cfg.patterns}
-    ctx["plans"] = attend.plans(masks, B, cfg.attention)
+    ctx["plans"] = attend.plans(masks, B, cfg.attention, cfg.context)
     pairs = {p: jnp.broadcast_to(m.pairs(), inputs.doc.shape) for p, m in masks.items()}
     if cache is not None:
       wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))

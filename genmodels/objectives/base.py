@@ -27,6 +27,7 @@ from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
 from genmodels.objectives import relations
+from genmodels.parallel import current_mesh
 
 Array = jax.Array
 
@@ -154,6 +155,14 @@ class Objective:
         raise ValueError(
           f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout"
         )
+    kept, longest = self.layout.whole_blocks, self.corruption.blocks.longest
+    if kept and (longest is None or longest > kept):
+      size = "all tokens of a document" if longest is None else f"{longest} tokens"
+      raise ConfigError(
+        f"a block can have {size}, more than context shards are to keep whole",
+        key="layout.whole_blocks", value=kept,
+        fix="0: blocks are cut and the noisy keys travel" if longest is None else f"whole_blocks={longest}",
+      )  # fmt: skip
     if len(self.layout.noisy) > self.corruption.copies:
       raise ValueError(
         f"layout.streams has {len(self.layout.noisy)} noisy copies, the corruption draws "
@@ -170,9 +179,18 @@ class Objective:
     Args:
       only: int32[B, A, 2], (stream, token) pairs to compute now; default: every slot.
     """
-    slots = self.layout.arrange(row, noise, only)
+    slots = self.slots(row, noise, only)
     inputs = self.inputs(row, noise, slots, latent)
     return inputs, {name: self.read(row, noise, slots, t) for name, t in self.terms.items()}
+
+  def slots(self, row: Row, noise: Noise, only: Array | None = None) -> Slots:
+    """Where the tokens sit; all of them together (`only` is None) are placed over the context shards."""
+    slots = self.layout.arrange(row, noise, only)
+    mesh = current_mesh()
+    if only is not None or mesh is None:
+      return slots
+    pairs = lambda: sum(r.mask(slots).pairs() for r in self.relations.values())
+    return self.layout.place(slots, mesh.shape["context"], pairs)
 
   def inputs(self, row: Row, noise: Noise, slots: Slots, latent=None) -> Inputs:
     """Token ids, positions and masks of the slots; subclasses add features and conditions."""

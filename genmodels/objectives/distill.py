@@ -40,7 +40,7 @@ class BlockDistill(Objective):
   def run(self, nets, row, key, step):
     noise = self.corruption.draw(row, key, step, nets.latent)
     inputs, read = self.view(row, noise, latent=nets.latent)
-    slots = self.layout.arrange(row, noise)
+    slots = self.slots(row, noise)
     targets, denominators = {}, {}
     for name, term in self.terms.items():
       targets[name], denominators[name] = self.target(row, noise, read[name], term)

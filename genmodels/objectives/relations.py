@@ -26,10 +26,14 @@ NAMED = {
 def table(rule, streams: tuple[str, ...]) -> Relations:
   """Relations of `streams` under a named rule, or under a mapping {"n>c": "BLK_LT", …}.
 
+  "bd3&NEAR(511)" is the named rule with every relation narrowed: what the sliding-window layers of a model
+  see where the others see "bd3".
+
   Raises:
     ValueError: unknown rule, or a rule that leaves a stream blind.
   """
   if isinstance(rule, str):
+    rule, _, narrow = rule.partition("&")
     if rule not in NAMED:
       raise ValueError(
         f"mask is {rule!r}; it must be one of {', '.join(NAMED)}, or a mapping such as {{'c>c': 'POS_LE'}}"
@@ -44,6 +48,8 @@ def table(rule, streams: tuple[str, ...]) -> Relations:
           pairs[s, s] = own
         if CLEAN in streams and to_clean:
           pairs[s, CLEAN] = to_clean
+    if narrow:
+      pairs = {k: " | ".join(f"{c}&{narrow}" for c in v.split("|")) for k, v in pairs.items() if v}
   else:
     pairs = {tuple(k.split(">")): v for k, v in dict(rule).items()}
   pairs = {k: v for k, v in pairs.items() if v}

@@ -25,7 +25,8 @@ class MeshConfig:
     data: replicas of the parameters (one axis may be −1: all the devices that are left).
     fsdp: shards of parameters and optimizer state; the batch is split over data × fsdp.
     tensor: shards of heads, MLP width and vocabulary.
-    context: shards of the sequence.
+    context: shards of the sequence; `model.context` says how attention gets the keys of other shards,
+      `objective.layout.placement` which tokens each of them holds.
     dcn_data: slices (or, without slices, processes) that the data axis spans over the slow network.
 
   Raises:

@@ -54,7 +54,9 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) ->
   """
   path = pathlib.Path(workdir)
   if not (path / "config.json").is_file():
-    raise FileNotFoundError(f"{path}/config.json does not exist: is {path} the --workdir of a training run?")
+    raise FileNotFoundError(
+      f"{path}/config.json does not exist: is {path} the --workdir of a training run, or an import?"
+    )
   cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
   for text in overrides:
     config.override(cfg, text)
@@ -108,6 +110,10 @@ def _trees(cfg, path, step, mesh, shapes, axes):
       f"{len(missing) - 1} more are missing or of another shape", key="model",
       fix="use the config of the run itself",
     )  # fmt: skip
+  # An imported folder keeps the dtypes of its checkpoint, the config says those of this model.
+  cast = {n for n in reads if values[n].dtype != want[n].dtype}
+  for n in cast:
+    values[n] = jax.jit(lambda x, d=want[n].dtype: x.astype(d), out_shardings=reads[n])(values[n])
   state = jax.tree.unflatten(jax.tree.structure(abstract), [values.get(n) for n in want])
   model = state.trees["ema" if ema else "model"]
   return {"model": optim.eval_params(state.opt["model"], model) if averaged else model}, step
@@ -162,6 +168,11 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
   ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len
+  if 0 < parts.model.cfg.learned_pos < length:
+    raise config.ConfigError(
+      f"the model has {parts.model.cfg.learned_pos} learned positions", key="sampler.length", value=length,
+      fix=f"at most {parts.model.cfg.learned_pos}",
+    )  # fmt: skip
   pad = max(meta.specials.get("pad", 0), 0)
   return prompt_row(ids, length, new or length, example_ids=example_ids, pad=pad, axes=meta.axes)
 

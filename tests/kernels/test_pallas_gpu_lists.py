@@ -1,10 +1,15 @@
 """The Hopper tile lists against a count in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
+from genmodels import compat
 from genmodels.kernels import pallas_gpu_lists as lists
 from genmodels.masks import CODE_HIDDEN, AttnMask
 
@@ -93,7 +98,25 @@ def test_a_new_mask_does_not_recompile():
   assert len(traces) == 1 and counts[0].any() and not counts[1].any()
 
 
-@pytest.mark.parametrize("tiles", [(64, 128), (128, 96), (128, 128, 1), (128, 128, 0, (128, 100))])
+def test_a_plan_leaves_shard_map_by_its_leading_axis():
+  mesh = AbstractMesh((4,), ("data",), (AxisType.Auto,))
+  build = compat.shard_map(functools.partial(lists.plan, tiles=TILES), mesh, P("data"), P("data"))
+  mask = jax.eval_shape(lambda: _random_mask(0, rows=8))
+  local = jax.eval_shape(lambda: lists.plan(_random_mask(0), TILES))
+  shapes = [x.shape for x in jax.tree.leaves(jax.eval_shape(build, mask))]
+  assert shapes == [(8, *x.shape[1:]) for x in jax.tree.leaves(local)] and len(shapes) == 12
+
+
+@pytest.mark.parametrize(
+  "tiles",
+  [
+    (64, 128),
+    (128, 96),
+    (128, 128, 1),
+    (128, 128, 0, (128, 100)),
+    (128, 128, 0, (128, 128), (64, 128), False, -1),
+  ],
+)
 def test_tiles_that_the_kernels_cannot_take_are_refused(tiles):
   with pytest.raises(ValueError, match="drop `tiles`"):
     lists.plan(_random_mask(0), tiles)

@@ -13,16 +13,17 @@ from genmodels.parallel import MeshConfig, make_mesh, sharding_tree, use_mesh
 from . import cases
 
 MESHES = [
-  dict(data=2, fsdp=2, tensor=2),
+  (dict(data=2, fsdp=2, tensor=2), "gather"),
   # Two key heads on four tensor shards.
-  pytest.param(dict(data=1, fsdp=1, tensor=4, context=2), marks=pytest.mark.slow),
+  pytest.param(dict(data=1, fsdp=1, tensor=4, context=2), "gather", marks=pytest.mark.slow),
+  pytest.param(dict(data=1, fsdp=1, tensor=4, context=2), "ring", marks=pytest.mark.slow),
 ]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 host devices")
 
 
-def case():
-  fields = dict(vocab_multiple=4, heads={"text": dict(bias=True, chunk=8)}, norm="layer")
+def case(**more):
+  fields = more | dict(vocab_multiple=4, heads={"text": dict(bias=True, chunk=8)}, norm="layer")
   fields |= dict(adaln="zero", cond={"class": dict(size=4)})
   model, params = cases.build(**fields)
   ids = cases.tokens(4, 16)
@@ -35,9 +36,9 @@ def case():
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes):
-  model, params, x, t = case()
+@pytest.mark.parametrize("sizes, context", MESHES, ids=str)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes, context):
+  model, params, x, t = case(context=context)
 
   def loss(p, x, t):
     out = model.apply(p, x, t).dists["t"]
@@ -73,7 +74,16 @@ def test_init_does_not_depend_on_the_mesh():
   assert q.addressable_shards[0].data.shape == (2, 8, 2, 4)
 
 
-def test_cached_decoding_on_a_mesh():
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(data=2, fsdp=2, tensor=2),
+    # The slots of a call are split over context, every shard holds the whole cache.
+    pytest.param(dict(data=2, tensor=2, context=2), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_cached_decoding_on_a_mesh(sizes):
   model, params = cases.build(vocab=20)
   x = cases.inputs(cases.tokens(2, 8))  # two rows on four batch shards: rows split as far as they go
   split = lambda at: x.replace(
@@ -94,7 +104,7 @@ def test_cached_decoding_on_a_mesh():
     return jnp.concatenate(out, 1)
 
   want = jax.jit(decode)(params)
-  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(MeshConfig(**sizes))
   with use_mesh(mesh):
     got = jax.jit(decode)(
       jax.device_put(params, sharding_tree(mesh, model.logical_axes(), model.abstract_params()))

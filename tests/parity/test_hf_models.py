@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from genmodels import models
-from genmodels.checkpoint import hf_names
+from genmodels.checkpoint import hf_config, hf_names
 from genmodels.config import ConfigError
 from genmodels.models import Scaling
 from genmodels.models.rope import inv_freq
@@ -89,7 +89,7 @@ def test_logits_and_round_trip(name):
   kind, fields = CASES[name]
   hf, config = reference(kind, fields)
   state = {k: v.numpy() for k, v in hf.state_dict().items()}
-  section = hf_names.section(config)
+  section = hf_config.section(config)
   model = models.build({**section, "vocab_multiple": 8})
   params = hf_names.read(model.cfg, config["model_type"], state)
   assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, model.abstract_params())
@@ -123,10 +123,11 @@ def test_what_is_not_computed_is_refused():
     dict(model_type="mamba"),
     dict(hidden_act="relu"),
     dict(rope_parameters=dict(rope_type="longrope", factor=2.0)),
-    dict(use_sliding_window=True),
+    dict(partial_rotary_factor=0.5),
+    dict(layer_types=["chunked_attention"] * 3),
   ):
     with pytest.raises(ConfigError):
-      hf_names.section({**config, **change})
+      hf_config.section({**config, **change})
 
 
 ROPES = {

@@ -1,0 +1,100 @@
+"""`genmodels train --from DST`: a system's config on the model of an imported checkpoint.
+
+The config keeps what its paper decides (objective, optimizer, data, precision, remat); what a checkpoint
+decides (architecture, vocabulary, window of local layers) comes from the import, and `init` points at it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import ml_collections
+
+from genmodels import config, data
+from genmodels.checkpoint import folder, hf_config, hf_import
+from genmodels.config import ConfigError
+from genmodels.data import tokenizers
+from genmodels.models import model as models
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+  """What `adopt` decided, for people: one line each."""
+
+  notes: tuple[str, ...]
+
+
+def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
+  """Puts the model of the import at `path` into `cfg`, in place, and sets `init` to load it.
+
+  The mask token of an AR checkpoint has no row of its own: the id that the data's tokenizer names (a reserved
+  row of the table, or one behind it, for which the table grows) gets the mean row plus noise
+  (surgery.set_mask_row). A published diffusion model keeps its own id and row.
+
+  Raises:
+    RestoreError: no finished import.
+    ConfigError: data of another tokenizer, or a mask that cannot be narrowed to local layers.
+  """
+  source = folder.Folder.open(path)
+  root = str(source.directory)
+  imported = hf_import.tuples(json.loads((source.directory / folder.CONFIG).read_text()))
+  theirs, hf = imported["model"], source.hf_config()
+  mine = config.plain(cfg.model)
+  model = {k: v for k, v in theirs.items() if k not in hf_config.RUN_FIELDS}
+  model |= {k: v for k, v in mine.items() if k in hf_config.RUN_FIELDS}
+  section = config.plain(cfg.data)
+  if section.get("kind") == "python" and section.get("tokenizer", "byte") == "byte":
+    cfg.data["tokenizer"] = root
+  facts = data.meta(config.plain(cfg.data), workdir=workdir)
+  _same_tokenizer(config.plain(cfg.data), facts, source, workdir)
+  notes = []
+  init: dict[str, Any] = {"kind": "workdir", "path": root}
+  objective = cfg.objective
+  noisy = objective.get("corruption", {}).get("kind", "clean") != "clean"
+  own = imported["objective"].get("mask_id", -1)
+  if noisy and objective.get("mask_id", -1) < 0 and own >= 0:
+    objective["mask_id"] = own
+  elif noisy:
+    mask = objective.get("mask_id", -1)
+    mask = facts.specials["mask"] if mask < 0 else mask
+    if mask >= model["vocab"]:
+      notes.append(f"the vocabulary grows from {model['vocab']} to {mask + 1} rows, for the mask token")
+      model["vocab"] = mask + 1
+    if mask != own:
+      init |= {"mask_row": "mean_noise", "mask_id": mask}
+  window = hf_config.window(hf, theirs)
+  rule = objective.get("masks", {}).get("full", "causal")
+  if window and hf_config.LOCAL not in objective.get("masks", {}):
+    if not isinstance(rule, str):
+      raise ConfigError(
+        f"the model has layers with a window of {window}, and the mask is a table of its own",
+        key="objective.masks.local", value=None, fix="give the local layers' table too",
+      )  # fmt: skip
+    objective.masks = ml_collections.ConfigDict(hf_config.masks(rule, window))
+    notes.append(f"local layers see {objective.masks[hf_config.LOCAL]}")
+  cfg.model = ml_collections.ConfigDict(model)
+  padded = models.build({**model, "heads": theirs["heads"]}).cfg.vocab_padded
+  if padded != theirs["vocab"]:
+    init["resize_vocab"] = True
+  cfg.init = ml_collections.ConfigDict(init)
+  notes.append(f"model and parameters of {root} ({source.manifest['layout']})")
+  return Adopted(tuple(notes))
+
+
+def _same_tokenizer(section, facts, source: folder.Folder, workdir: str) -> None:
+  """Ids must mean what they meant in pretraining."""
+  path = source.directory / tokenizers.FILE
+  if not path.is_file():
+    return
+  theirs = tokenizers.load(str(path)).vocabulary()
+  built = data.tokenizer(section, workdir=workdir)
+  if built is None:
+    return
+  if built.vocabulary().items() >= theirs.items():
+    return
+  raise ConfigError(
+    "the data were tokenised by another tokenizer than the checkpoint's", key="data.path",
+    value=section.get("path"), fix=f"genmodels prepare … --tokenizer {source.directory}",
+  )  # fmt: skip

@@ -68,6 +68,7 @@ CASES = (
 )
 SWEEP = (
   Case("v5p", *SMALL),
+  Case("v5p", (512, 1024), (512, 1024)),
   Case("v5e", *LARGE, length=32768),
   Case("v6e", *LARGE, length=32768, arguments=INSIDE),
   Case("v5p", (128, 128), (128, 128), length=2048),

@@ -16,7 +16,7 @@ from tests.aot.bundles import CASES, SWEEP
 
 needs_libtpu = pytest.mark.skipif(topology.missing() is not None, reason=topology.missing() or "")
 IDS = [f"{c.chip}-{c.fwd[0]}x{c.fwd[1]}-D{c.head_dim}-{c.length}" for c in CASES]
-SWEEP_IDS = [f"{c.chip}-{c.fwd[0]}x{c.fwd[1]}-D{c.head_dim}" for c in SWEEP]
+SWEEP_IDS = [f"{c.chip}-{c.fwd[0]}x{c.fwd[1]}-{c.bwd[0]}x{c.bwd[1]}-D{c.head_dim}" for c in SWEEP]
 
 # A list as long as scalar memory holds: 342 x 342 tiles, two intervals. Small tiles compile fast.
 MOST = bundles.Case("v5e", (512, 512), (512, 512), length=512 * 342)

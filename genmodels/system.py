@@ -72,6 +72,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   notes = list(laws.check(objective))
   if model.cfg.attention_capacity is not None and not kernels.bounded(implementation):
     notes += [f"model.attention_capacity is without effect: lists of {implementation} hold the worst case"]
+  if warning := kernels.caution(implementation, model.cfg.attention_safe):
+    notes += [f"{warning} (model.attention_safe=True)"]
   attention = f"{implementation} ({why})"
   return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes))
 

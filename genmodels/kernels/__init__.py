@@ -1,6 +1,16 @@
 """Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
 
-from genmodels.kernels.attention import attention, bounded, explain, gradients, merge, plan, resolve
+from genmodels.kernels.attention import (
+  attention,
+  bounded,
+  caution,
+  explain,
+  gradients,
+  merge,
+  plan,
+  resolve,
+  safe_tiles,
+)
 from genmodels.kernels.cross_entropy import chunked_map, nll, project
 from genmodels.kernels.decode import DecodePlan, Segment, decode, decode_plan
 from genmodels.kernels.target import Target, building_for, current
@@ -15,6 +25,7 @@ __all__ = [
   "attention",
   "bounded",
   "building_for",
+  "caution",
   "chunked_map",
   "current",
   "decode",
@@ -26,4 +37,5 @@ __all__ = [
   "plan",
   "project",
   "resolve",
+  "safe_tiles",
 ]

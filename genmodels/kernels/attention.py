@@ -56,6 +56,20 @@ def bounded(implementation: str) -> bool:
   return "capacity" in inspect.signature(backend(implementation).plan).parameters
 
 
+def safe_tiles(implementation: str, tiles=None):
+  """`tiles` with operands passed through shared memory, where the implementation has such a mode."""
+  made = getattr(backend(implementation), "Tiles", None)
+  if "safe" not in getattr(made, "_fields", ()):
+    return tiles
+  return made(*(tiles or ()))._replace(safe=True)
+
+
+def caution(implementation: str, safe: bool = False) -> str | None:
+  """What to say at start-up of this machine's tool chain, if an implementation has something to say."""
+  warn = getattr(backend(implementation), "toolchain_warning", None)
+  return warn(safe_tiles(implementation) if safe else None) if warn else None
+
+
 def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: float | None = None):
   """A mask with the tile lists of an implementation. Build it once per batch; every layer shares it.
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import pytree
-from genmodels.kernels.attention import attention, backend, merge, plan, resolve
+from genmodels.kernels.attention import attention, backend, merge, plan, resolve, safe_tiles
 from genmodels.kernels.varying import axes_of, vary
 from genmodels.masks import CODE_HIDDEN, AttnMask
 
@@ -76,7 +76,9 @@ class DecodePlan:
     return AttnMask(self.code, self.lo, self.hi)
 
 
-def decode_plan(mask: AttnMask, groups: int, implementation: str = "auto", *, page: int = 0) -> DecodePlan:
+def decode_plan(
+  mask: AttnMask, groups: int, implementation: str = "auto", *, page: int = 0, safe: bool = False
+) -> DecodePlan:
   """What `decode` needs of a segment's mask, built once per call of the network.
 
   Args:
@@ -84,6 +86,7 @@ def decode_plan(mask: AttnMask, groups: int, implementation: str = "auto", *, pa
     groups: G, query heads per key head (inside shard_map: of this device's heads).
     implementation: see `kernels.resolve`.
     page: keys of a page where the segment's are paged, 0 where they are not.
+    safe: tiles as of `kernels.safe_tiles`.
 
   Raises:
     ValueError: as `kernels.resolve`; paged keys that the implementation cannot read.
@@ -99,7 +102,7 @@ def decode_plan(mask: AttnMask, groups: int, implementation: str = "auto", *, pa
       )
     packed = AttnMask(mask.code, *(jnp.repeat(x, groups, axis=2) for x in (mask.lo, mask.hi)))
     sizes = (min(512, -(-lq * groups // 128) * 128), page) if page else None  # a page is a key tile
-    inner = plan(packed, sizes, implementation)
+    inner = plan(packed, safe_tiles(implementation, sizes) if safe else sizes, implementation)
   tiles = min(QUERIES, lq), page or min(KEYS, lk)
   if page and lk % page:
     raise ValueError(f"decode: {lk} keys are no whole number of pages of {page}")

@@ -84,15 +84,14 @@ def plans(
     strategy: one of context.STRATEGIES for keys that are split over the context axis as the queries are; None
       for keys that every context shard holds whole (with a cache).
     tiles, capacity: as of `kernels.plan`.
-    decode: (query heads, key heads) of the model: plans for `attention` with a cache.
+    decode: (query heads, key heads, safe) of the model: plans for `attention` with a cache.
   """
   mesh = active_mesh()
   if decode is None:
     build = lambda m: kernels.plan(m, tiles, implementation, capacity)
   else:
-    build = lambda m: kernels.decode_plan(
-      m, decode[0] // (decode[1] * _repeats(mesh, *decode)), implementation
-    )
+    H, G, safe = decode
+    build = lambda m: kernels.decode_plan(m, H // (G * _repeats(mesh, H, G)), implementation, safe=safe)
   if mesh is None:
     return {name: build(mask) for name, mask in masks.items()}
   out = {}
@@ -113,7 +112,9 @@ def plans(
   return out
 
 
-def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None, implementation: str):
+def attention(
+  q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None, implementation: str, deterministic=True
+):
   """Attention of this call's slots over themselves and, if given, over a cache: two key segments in one call
   of `kernels.decode`; nothing is concatenated.
 
@@ -122,14 +123,15 @@ def attention(q, k, v, plan, *, cache=None, scale: float, soft_cap: float | None
     plan: of this call's mask, from `plans`.
     cache: (keys, values [B, Lc, G, K], plan over the cached codes) or None. With a cache both plans are made
       with `decode`.
+    deterministic: as of `kernels.attention`.
 
   Returns:
     [B, S, H, K].
   """
   options = dict(scale=scale, soft_cap=soft_cap, implementation=implementation)
-  over_slots = kernels.attention
+  over_slots = functools.partial(kernels.attention, deterministic=deterministic)
   if isinstance(plan, context.Plan):
-    over_slots = functools.partial(context.attention, axis="context")
+    over_slots = functools.partial(context.attention, axis="context", deterministic=deterministic)
 
   def local(q, k, v, plan, cache):
     if cache is None:

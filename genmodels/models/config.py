@@ -216,7 +216,8 @@ class TrunkConfig:
     init_std: of every normal draw; init_out_scale: residual output weights are divided by √(2·layers).
     attention: implementation of attention ("auto", see `kernels.resolve`); attention_tiles: (queries, keys)
       of its tiles, None for the kernel's own choice; attention_capacity: share of the worst case that its
-      tile lists have room for in training, None for all of it. See docs/models.md.
+      tile lists have room for in training, None for all of it; attention_deterministic: the same bits every
+      time; attention_safe: operands through shared memory on GPUs with an old ptxas. See docs/models.md.
     context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
   """
@@ -260,6 +261,8 @@ class TrunkConfig:
   attention: str = "auto"
   attention_tiles: tuple[int, ...] | None = None
   attention_capacity: float | None = None
+  attention_deterministic: bool = True
+  attention_safe: bool = False
   context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
 

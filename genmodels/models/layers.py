@@ -206,6 +206,7 @@ class Attention(nn.Module):
         scale=scale,
         soft_cap=cfg.attn_soft_cap,
         implementation=cfg.attention,
+        deterministic=cfg.attention_deterministic,
       )
     # The kernels name their output "attn_out"; a second name here would be a second saved copy.
     axes = ("heads", "head_dim", "embed")

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from genmodels import kernels
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
 from genmodels.models import attend, heads, rope
@@ -189,7 +190,9 @@ class Heads(nn.Module):
 def plans(cfg: TrunkConfig, inputs: Inputs) -> dict:
   """Tile lists of a call without a cache, by mask pattern."""
   masks = {p: inputs.masks[p] for p in cfg.patterns}
-  options = dict(tiles=cfg.attention_tiles, capacity=cfg.attention_capacity)
+  tiles = cfg.attention_tiles
+  tiles = kernels.safe_tiles(kernels.resolve(cfg.attention), tiles) if cfg.attention_safe else tiles
+  options = dict(tiles=tiles, capacity=cfg.attention_capacity)
   return attend.plans(masks, inputs.doc.shape[0], cfg.attention, cfg.context, **options)
 
 
@@ -270,7 +273,7 @@ class Trunk(nn.Module):
     if cache is None:
       ctx["plans"] = plans(cfg, inputs)
     else:
-      of = (cfg.num_heads, cfg.num_kv_heads)
+      of = (cfg.num_heads, cfg.num_kv_heads, cfg.attention_safe)
       wide = lambda x: jnp.broadcast_to(x, (B, *x.shape[1:]))
       past = {p: AttnMask(cache.code[p], wide(m.lo), wide(m.hi)) for p, m in masks.items()}
       ctx["plans"] = attend.plans(masks, B, cfg.attention, decode=of)

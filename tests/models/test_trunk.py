@@ -8,6 +8,7 @@ import pytest
 
 from genmodels import kernels, models
 from genmodels.config import ConfigError
+from genmodels.kernels import pallas_gpu_lists
 from genmodels.models import layer_index, layer_path, trunk
 from genmodels.models.layers import Layer
 
@@ -267,3 +268,23 @@ def test_debug_names_every_layer_and_the_first_non_finite_one():
   with pytest.raises(FloatingPointError, match="layer 1 mlp/up.*from finite inputs"):
     with jax.disable_jit(), models.debug(lambda line: None):
       grad(params)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_attention_settings_reach_the_kernels(monkeypatch, deterministic):
+  seen, attention = [], kernels.attention
+  spy = lambda *args, deterministic, **kw: seen.append(deterministic) or attention(*args, **kw)
+  monkeypatch.setattr(kernels, "attention", spy)
+  monkeypatch.setattr(kernels, "safe_tiles", lambda name, tiles: seen.append(name) or (8, 8))
+  cfg = {"attention": "xla", "attention_deterministic": deterministic, "attention_safe": True}
+  model = models.build({**cases.BASE, **cfg})
+  x, params = cases.inputs(cases.tokens(1, 12)), model.abstract_params()
+  jax.eval_shape(lambda p: model.apply(p, x, {}).layers["hidden"], params)
+  assert set(seen) == {"xla", deterministic}
+
+
+def test_safe_tiles_only_where_there_is_such_a_mode():
+  assert kernels.safe_tiles("pallas_gpu") == pallas_gpu_lists.Tiles(safe=True)
+  assert kernels.safe_tiles("pallas_gpu", (64, 128)) == pallas_gpu_lists.Tiles(64, 128, safe=True)
+  assert kernels.safe_tiles("xla", (64, 128)) == (64, 128)
+  assert kernels.caution("xla") is None

@@ -93,9 +93,10 @@ def test_comparison_can_fail(monkeypatch):
   )
   mask, seen = _case("bd3")
   tensors = _tensors(S, S, *HEADS)
-  want = dense_attention(*tensors[:3], seen, 0.3, None)
+  # A scale of its own: kernels are traced under a jit, whose cache does not know the patch.
+  want = dense_attention(*tensors[:3], seen, 0.29, None)
   with pytest.raises(AssertionError):
-    _assert_close(jax.jit(_attend(mask))(*tensors[:3]), want)
+    _assert_close(jax.jit(_attend(mask, scale=0.29))(*tensors[:3]), want)
 
 
 def test_bfloat16():

@@ -58,6 +58,7 @@ test-all: test test-extra test-compat
 test-full: test-all
 	$(PYTEST) -m full $(ARGS) $(OR_EMPTY)
 	@$(MAKE) --no-print-directory test-compat COMPAT_TESTS="compat and full"
+	@$(MAKE) --no-print-directory test-compat COMPAT_TESTS="slow and not compat" ARGS="tests/kernels $(ARGS)"
 
 # The ranges of setup.py mean another jax on another Python: one step of every family and the kernels there,
 # those for Hopper in the GPU interpreter, which the oldest jax does not have.

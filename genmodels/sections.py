@@ -68,6 +68,28 @@ def qwen2(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) ->
   return llama(width, layers, heads, mlp, kv_heads=kv_heads, bias=bias, rope={"base": 1e6}, **kw)
 
 
+def adapted_ar(**schedule) -> dict:
+  """Full-attention masked diffusion that keeps an AR head's shift: 1/p weights, averaged over masked tokens.
+
+  Args:
+    schedule: of the corruption, `schedule` and `eps`.
+  """
+  term = {
+    "stream": "n",
+    "align": "shift",
+    "on": "hit",
+    "weight": "inverse_marginal",
+    "normaliser": "masked",
+  }
+  return {
+    "kind": "tokens",
+    "corruption": {"kind": "absorb", "unit": "doc", "count": "bernoulli", "time": "uniform", **schedule},
+    "layout": {"kind": "streams", "streams": ("n",)},
+    "masks": {"full": "full"},
+    "terms": {"diffusion": term},
+  }
+
+
 def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:
   """AdamW with clipping at 1.0 and a schedule of the given kind."""
   return {

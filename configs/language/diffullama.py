@@ -21,27 +21,7 @@ def get_config(variant: str = ""):
     row=232,
     tests=("tests/objectives/test_conversion.py::test_adapted_ar_losses_by_hand",),
     model=sections.llama(4096, 32, 32, 11008, remat={"preset": "full"}),
-    objective={
-      "kind": "tokens",
-      "corruption": {
-        "kind": "absorb",
-        "unit": "doc",
-        "count": "bernoulli",
-        "schedule": "linear",
-        "time": "uniform",
-      },
-      "layout": {"kind": "streams", "streams": ("n",)},
-      "masks": {"full": "full"},
-      "terms": {
-        "diffusion": {
-          "stream": "n",
-          "align": "shift",
-          "on": "hit",
-          "weight": "inverse_marginal",
-          "normaliser": "masked",
-        }
-      },
-    },
+    objective=sections.adapted_ar(schedule="linear"),
     data=sections.packed_text(2048),
     optim=sections.adamw(1.5e-5, warmup=2000, kind="cosine"),
     train={"steps": 20_000},

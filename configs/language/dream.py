@@ -23,28 +23,7 @@ def get_config(variant: str = ""):
       "tests/objectives/test_conversion.py::test_adapted_ar_losses_by_hand",
     ),
     model=sections.qwen2(3584, 28, 28, 4, 18944, remat={"preset": "full"}),
-    objective={
-      "kind": "tokens",
-      "corruption": {
-        "kind": "absorb",
-        "unit": "doc",
-        "count": "bernoulli",
-        "schedule": "loglinear",
-        "eps": 1e-3,
-        "time": "uniform",
-      },
-      "layout": {"kind": "streams", "streams": ("n",)},
-      "masks": {"full": "full"},
-      "terms": {
-        "diffusion": {
-          "stream": "n",
-          "align": "shift",
-          "on": "hit",
-          "weight": "inverse_marginal",
-          "normaliser": "masked",
-        }
-      },
-    },
+    objective=sections.adapted_ar(schedule="loglinear", eps=1e-3),
     data=sections.packed_text(2048),
     optim=sections.adamw(1e-5, warmup=1000, kind="cosine", weight_decay=0.1),
     train={"steps": 140_000},

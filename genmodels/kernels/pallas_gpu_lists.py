@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from genmodels.contracts import pytree
 from genmodels.kernels import tiles as tile_lists
 from genmodels.kernels.tiles import column, term
-from genmodels.masks import CODE_HIDDEN, MAX_TERMS, AttnMask
+from genmodels.masks import CODE_HIDDEN, AttnMask
 
 Array = jax.Array
 
@@ -133,13 +133,7 @@ def plan(mask: AttnMask, tiles: Tiles | tuple[int, ...] | None = None) -> Plan:
   """
   rows, terms, lq = mask.lo.shape
   lk = mask.code.shape[1]
-  if mask.hi.shape != mask.lo.shape or mask.code.shape[0] != rows:
-    raise ValueError(
-      f"plan: AttnMask wants code [B, Lk] and lo, hi [B, T, Lq] with one B, got code {mask.code.shape}, "
-      f"lo {mask.lo.shape}, hi {mask.hi.shape}; broadcast the shared part first"
-    )
-  if terms > MAX_TERMS:
-    raise ValueError(f"plan: at most {MAX_TERMS} intervals a query fit a tile-list entry, got T={terms}")
+  tile_lists.check(mask)
   tiles = _checked(Tiles() if tiles is None else Tiles(*tiles))
   code = pad_to(mask.code, 1, math.lcm(tiles.k, tiles.dq[1], tiles.dkv[1]), CODE_HIDDEN)
   lo, hi = (pad_to(x, 2, math.lcm(tiles.q, tiles.dq[0], tiles.dkv[0]), 0) for x in (mask.lo, mask.hi))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from genmodels.contracts import pytree
 from genmodels.kernels import target, tiles
-from genmodels.masks import CODE_HIDDEN, MAX_TERMS, AttnMask
+from genmodels.masks import CODE_HIDDEN, AttnMask
 
 Array = jax.Array
 
@@ -259,13 +259,7 @@ def plan(mask: AttnMask, given: Tiles | tuple[int, ...] | None = None, capacity:
   """
   B, T, lq = mask.lo.shape
   lk = mask.code.shape[1]
-  if mask.hi.shape != mask.lo.shape or mask.code.shape[0] != B:
-    raise ValueError(
-      f"plan: AttnMask wants code [B, Lk] and lo, hi [B, T, Lq] with one B, got code {mask.code.shape}, "
-      f"lo {mask.lo.shape}, hi {mask.hi.shape}; broadcast the shared part first"
-    )
-  if T > MAX_TERMS:
-    raise ValueError(f"plan: at most {MAX_TERMS} intervals a query fit a tile-list entry, got T={T}")
+  tiles.check(mask)
   made = _filled(default_tiles(lq, lk) if given is None else Tiles(*given))
   if target.current().interpret is None:
     for name, sizes in (("fwd", made.fwd), ("dq", made.dq), ("dkv", made.dkv)):

@@ -107,6 +107,18 @@ def default_tiles(rows: int, lq: int, lk: int) -> Tiles:
   return Tiles(q, k, next(r for r in range(rows, 0, -1) if rows % r == 0 and (r == 1 or r * q * k <= work)))
 
 
+def check(mask: AttnMask):
+  """Raises ValueError for a mask that no plan can be made of: shapes that do not fit, too many intervals."""
+  B, T, _ = mask.lo.shape
+  if mask.hi.shape != mask.lo.shape or mask.code.shape[0] != B:
+    raise ValueError(
+      f"plan: AttnMask wants code [B, Lk] and lo, hi [B, T, Lq] with one B, got code {mask.code.shape}, "
+      f"lo {mask.lo.shape}, hi {mask.hi.shape}; broadcast the shared part first"
+    )
+  if T > MAX_TERMS:
+    raise ValueError(f"plan: at most {MAX_TERMS} intervals a query fit a tile-list entry, got T={T}")
+
+
 def plan(mask: AttnMask, tiles: Tiles | tuple[int, ...] | None = None) -> Plan:
   """Pads the mask to tiles and lists the tiles it touches. Pure, jit-able; O(L) + O(T·I·J).
 
@@ -115,13 +127,7 @@ def plan(mask: AttnMask, tiles: Tiles | tuple[int, ...] | None = None) -> Plan:
   """
   B, T, lq = mask.lo.shape
   lk = mask.code.shape[1]
-  if mask.hi.shape != mask.lo.shape or mask.code.shape[0] != B:
-    raise ValueError(
-      f"plan: AttnMask wants code [B, Lk] and lo, hi [B, T, Lq] with one B, got code {mask.code.shape}, "
-      f"lo {mask.lo.shape}, hi {mask.hi.shape}; broadcast the shared part first"
-    )
-  if T > MAX_TERMS:
-    raise ValueError(f"plan: at most {MAX_TERMS} intervals a query fit a tile-list entry, got T={T}")
+  check(mask)
   tiles = default_tiles(B, lq, lk) if tiles is None else Tiles(*tiles)
   if B % tiles.rows:
     raise ValueError(f"plan: tiles.rows={tiles.rows} must divide the mask's {B} rows; use 1 or {B}")

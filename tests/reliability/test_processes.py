@@ -30,11 +30,12 @@ def start(workdir, processes=1, devices=4, heartbeat_s=10, **args):
 
 def run(workdir, *args, **kw):
   status = start(workdir, *args, **kw).wait(LIMIT)
-  assert set(status) == {0}, (status, log(workdir))
+  assert set(status) == {0}, (status, log(workdir)[-6000:])
 
 
 def log(workdir, process=0):
-  return (workdir / "logs" / f"{process}.log").read_text()[-6000:]
+  """All of it: TensorStore's reads that outlive a failed one fill pages with "Event loop is closed"."""
+  return (workdir / "logs" / f"{process}.log").read_text()
 
 
 def losses(workdir, process=0):
@@ -107,7 +108,7 @@ def test_sigterm_to_one_process_saves_one_step_on_all_and_exits_0(processes, tmp
   job = start(tmp_path, processes, 4 // processes, steps=10_000, save_every=10_000, pause=0.02)
   wait_for(job, reached(tmp_path, 5, processes - 1), "step 5")
   job.signal(signal.SIGTERM, processes - 1)
-  assert job.wait(60) == [0] * processes, log(tmp_path)
+  assert job.wait(60) == [0] * processes, log(tmp_path)[-6000:]
   last = {losses(tmp_path, p)[1][-1] for p in range(processes)}
   assert len(last) == 1  # one agreed step
   step, _ = verified(tmp_path)

@@ -25,7 +25,8 @@ class Blocks:
   """How a document is cut into groups that are denoised, or predicted, together.
 
   Fields:
-    size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block.
+    size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block (in a
+      schedule: at those steps).
     anchor: "document" counts blocks from the document's start, "response" from its first TEXT token
       (blocks then also extend backwards into the prompt).
     sizes: ragged sizes of the successive blocks of every document (scales); excludes `size`.
@@ -50,7 +51,9 @@ class Blocks:
   @property
   def longest(self) -> int | None:
     """Tokens of the longest block at any step; None where a document is one block."""
-    return None if self.whole else math.ceil(max(self.sizes or self.size.table))
+    if self.whole or 0 in self.size.table and not self.sizes:
+      return None
+    return math.ceil(max(self.sizes or self.size.table))
 
   def bounds(self, row: Row, step) -> tuple[Array, Array]:
     """The block interval of every token at training step `step`, two int32[B, N]."""
@@ -63,6 +66,8 @@ class Blocks:
     if self.whole:
       return lo, hi
     size = jnp.asarray(self.size(step)).astype(jnp.int32)
+    if 0 in self.size.table:
+      size = jnp.where(size == 0, row.doc.shape[1], size)
     origin = rows.first_in_doc(lo, hi, row.role == TEXT) if self.anchor == "response" else None
     return rows.block_bounds(lo, hi, size, origin)
 

@@ -34,6 +34,7 @@ Array = jax.Array
 ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
 WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart")
 NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
+MEASURES = ("nll", "entropy_correct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Term:
     cart_p: decay of "cart".
     normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
       mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
+    measure: what is summed: "nll", or "entropy_correct", the entropy of predictions whose likeliest class is
+      the token, 0 elsewhere (LLaDA2's confidence-aware loss). Which ones are right is not known before the
+      forward pass, so the normaliser counts all that are asked.
     scale: λ of the term, a number or a schedule; reports stay unscaled.
   """
 
@@ -62,6 +66,7 @@ class Term:
   weight: str = "one"
   cart_p: float = 0.1
   normaliser: str = "all_valid"
+  measure: str = "nll"
   scale: Schedule = 1.0
 
   def __post_init__(self):
@@ -71,11 +76,17 @@ class Term:
       ("on", ("hit", "all")),
       ("weight", WEIGHTS),
       ("normaliser", NORMALISERS),
+      ("measure", MEASURES),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
     if not 0 < self.cart_p < 1:
       raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
+
+  @property
+  def reads(self) -> tuple:
+    """What decides which predictions a term asks for: terms with equal `reads` share a pass over the logits."""
+    return self.head, self.stream, self.align, self.on, self.weight, self.cart_p
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +157,10 @@ class Objective:
       )  # fmt: skip
     if self.likelihood not in terms:
       raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
+    if terms[self.likelihood].measure != "nll":
+      raise ValueError(
+        f"likelihood is {self.likelihood!r}, whose measure is {terms[self.likelihood].measure!r}: no likelihood"
+      )
     for name, t in terms.items():
       if t.stream not in self.layout.streams:
         raise ValueError(
@@ -300,12 +315,26 @@ class Objective:
       "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}.
     """
     per_token, ratios = {}, {}
-    for name, t in targets.items():
-      nll = outputs.dists[name].nll(t.value)
-      asked = (t.weight > 0).astype(jnp.float32)
-      per_token[name] = t.weight * nll
-      ratios[f"ce/{name}"] = (jnp.sum(asked * nll), jnp.sum(asked))
+    for name, value in self.measured(outputs, targets).items():
+      weight = targets[name].weight
+      asked = (weight > 0).astype(jnp.float32)
+      per_token[name] = weight * value
+      label = "ce" if self.terms[name].measure == "nll" else self.terms[name].measure
+      ratios[f"{label}/{name}"] = (jnp.sum(asked * value), jnp.sum(asked))
     return {k: jnp.sum(v) for k, v in per_token.items()}, {"per_token": per_token, "ratios": ratios}
+
+  def measured(self, outputs: Outputs, targets: dict[str, Target]) -> dict[str, Array]:
+    """{term: float32[B, M]}, what each term measures of its predictions."""
+    groups, values = {}, {}
+    for name in targets:
+      groups.setdefault(self.terms[name].reads, []).append(name)
+    for names in groups.values():
+      if all(self.terms[n].measure == "nll" for n in names):
+        values |= {n: outputs.dists[n].nll(targets[n].value) for n in names}
+        continue
+      both = outputs.dists[names[0]].map(_nll_and_confidence, targets[names[0]].value)
+      values |= {n: both[self.terms[n].measure] for n in names}
+    return {name: values[name] for name in targets}
 
   def run(self, nets: Nets, row: Row, key: Array, step):
     """One evaluation of the loss: ({term: sum}, {term: denominator}, metrics)."""
@@ -328,6 +357,17 @@ class Objective:
       predicted &= rows.coordinates(row.doc) > rows.doc_bounds(row.doc)[0]
     nll = aux["per_token"][self.likelihood]
     return rows.per_doc(row.doc, nll, D), rows.per_doc(row.doc, predicted.astype(jnp.float32), D)
+
+
+def _nll_and_confidence(logits: Array, value: Array) -> dict[str, Array]:
+  """The measures of predictions float32[c, V] of classes int32[c], each [c]."""
+  logp = jax.nn.log_softmax(logits, -1)
+  p = jnp.exp(logp)
+  entropy = -jnp.where(p > 0, p * jnp.where(p > 0, logp, 0), 0).sum(-1)
+  return {
+    "nll": -jnp.take_along_axis(logp, value[:, None], 1)[:, 0],
+    "entropy_correct": jnp.where(logits.argmax(-1) == value, entropy, 0),
+  }
 
 
 def work(outputs: Outputs, targets: dict[str, Target]) -> dict:

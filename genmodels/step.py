@@ -175,9 +175,11 @@ def make_train_step(
   return step_fn
 
 
-def initial_stats(cfg: StepConfig) -> dict:
-  """The statistics that `make_train_step` keeps in TrainState.stats."""
+def initial_stats(cfg: StepConfig, objective: Objective | None = None) -> dict:
+  """The statistics that `make_train_step` keeps in TrainState.stats; the objective's own under "objective"."""
   stats = {}
+  if objective is not None and (own := objective.stats()):
+    stats["objective"] = own
   if cfg.guard_window:
     stats["guard"] = optim.guard_stats(cfg.guard_window)
   if cfg.ema:
@@ -269,7 +271,7 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
   model, objective = parts.model, parts.objective
   shapes, axes = model.abstract_params(), model.logical_axes()
   tx, lr = optim.build(ocfg, shapes, axes, steps)
-  begin = lambda trees: states.create(trees, {"model": tx}, initial_stats(cfg))
+  begin = lambda trees: states.create(trees, {"model": tx}, initial_stats(cfg, objective))
 
   def fresh(key):
     params = model.init(key)

@@ -152,6 +152,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   compiled = program.step if debug else program.jitted
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
+  survey = evals.survey.of(parts, mesh, key)
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
   attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
@@ -225,6 +226,14 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         if wait:
           record(*pending)
           pending = None
+        if survey is not None and survey.due(at):
+          if pending is not None:
+            record(*pending)
+            pending = None
+          with ledger.span("survey"):
+            state = survey(state, at)
+            found = {k: np.round(np.asarray(v), 4).tolist() for k, v in state.stats["objective"].items()}
+            say(f"step {at}: survey of held-out losses: {found}")
         run.state, run.step = state, at
 
         metric = None

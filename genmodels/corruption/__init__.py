@@ -1,6 +1,7 @@
 """Corruptions: what is drawn for the tokens of a row (levels, hits, orders), never where they sit."""
 
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
+from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.inputs import InputMask
@@ -9,6 +10,7 @@ from genmodels.corruption.subset import Subset
 REGISTRY = {
   "clean": Clean,
   "absorb": Absorb,
+  "band_absorb": BandAbsorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
   "input_mask": InputMask,
@@ -18,11 +20,13 @@ REGISTRY = {
 __all__ = [
   "REGISTRY",
   "Absorb",
+  "BandAbsorb",
   "Blocks",
   "Clean",
   "Corruption",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",
+  "Search",
   "Subset",
 ]

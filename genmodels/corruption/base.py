@@ -91,6 +91,7 @@ class Corruption:
   drop: float = 0.0
 
   copies = 1  # noisy copies drawn per token
+  search = None  # when held-out losses decide statistics: corruption.band.Search
 
   def __post_init__(self):
     if not 0 <= self.drop <= 1:
@@ -107,6 +108,20 @@ class Corruption:
         with the fixed tag EVAL_STEP in place of the step.
     """
     raise NotImplementedError
+
+  def stats(self) -> dict[str, Array]:
+    """What the training state keeps for this corruption, {} for most: arrays that `update` moves."""
+    return {}
+
+  def bind(self, stats: dict[str, Array]) -> Corruption:
+    """This corruption, drawing by the statistics of a state."""
+    del stats
+    return self
+
+  def update(self, stats: dict[str, Array], sums: dict[str, Array]) -> dict[str, Array]:
+    """New statistics from sums over a global batch."""
+    del sums
+    return stats
 
   def state(self, row: Row, committed: Array, step=0) -> Noise:
     """The noise that describes a generation in progress: hit = not committed yet (bool[B, N])."""

@@ -11,6 +11,7 @@ Legend: B rows · C copies · N clean tokens · S slots · D documents.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -184,6 +185,32 @@ class Objective:
         f"{self.corruption.copies}; set corruption.complement=True or drop a stream"
       )
 
+  # -- statistics: what no gradient moves -----------------------------------------------------------
+
+  def stats(self) -> dict[str, Any]:
+    """Initial statistics that the training state keeps, {} for most objectives."""
+    return self.corruption.stats()
+
+  def bind(self, stats: Mapping[str, Any]) -> Objective:
+    """This objective, drawing by the statistics of a state. Likelihoods and samplers use it unbound."""
+    corruption = self.corruption.bind(dict(stats))
+    if corruption is self.corruption:
+      return self
+    bound = copy.copy(self)
+    object.__setattr__(bound, "corruption", corruption)
+    return bound
+
+  def update(self, stats: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
+    """New statistics from sums over a global batch: those that `run` returns as aux["stats"], or a survey's."""
+    return self.corruption.update(dict(stats), sums)
+
+  def survey(self, nets: Nets, row: Row, key: Array, step, draw: tuple) -> dict[str, Any]:
+    """Sums for `update` over a held-out batch: draw (r, R) of the likelihood bound, at training step `step`."""
+    noise = self.corruption.draw(row, key, step, nets.latent, draw)
+    inputs, targets, _ = self.prepare(row, key, step, nets.latent, draw)
+    _, aux = self.loss(nets["model"](inputs, targets), targets)
+    return self.corruption.survey(row, noise, aux["per_token"][self.likelihood])
+
   # -- view: the one place where a slot's input, mask and read-out are made, in training and sampling --
 
   def view(
@@ -312,7 +339,8 @@ class Objective:
 
     Returns:
       ({term: float32 sum of weight·nll}, {"per_token": {term: float32[B, M] weight·nll},
-      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}.
+      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}, and may add "stats", sums
+      that `update` takes.
     """
     per_token, ratios = {}, {}
     for name, value in self.measured(outputs, targets).items():

@@ -65,7 +65,8 @@ def overrides_of(name, steps, corpus):
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow if n in FAMILIES else pytest.mark.full) for n in config.names()]
+  "name",
+  [pytest.param(n, marks=pytest.mark.slow if n in FAMILIES else pytest.mark.full) for n in config.names()],
 )
 def test_every_system_trains(name, tmp_path, corpus):
   """30 steps of every tiny variant: finite, and lower at the end than at the start."""

@@ -25,7 +25,8 @@ class System:
     cfg: the ConfigDict.
     data: the Data room's object; latent: a bound Latent or None.
     objective, model: built and checked against each other; the model's attention is resolved.
-    fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; the model, and views of its tree.
+    fns: {name: fn(trees, …) -> Outputs, or what the network gives}; the model, views of its tree, and `nets`.
+    nets: {name: network with a tree of its own}: init, abstract_params, logical_axes, apply as of a Model.
     attention: the implementation of attention and why, for people.
     notes: warnings for people, printed once.
   """
@@ -38,6 +39,7 @@ class System:
   fns: dict[str, Callable]
   attention: str = ""
   notes: tuple[str, ...] = ()
+  nets: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def exact(self):
@@ -75,7 +77,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   if warning := kernels.caution(implementation, model.cfg.attention_safe):
     notes += [f"{warning} (model.attention_safe=True)"]
   attention = f"{implementation} ({why})"
-  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes))
+  nets = networks(cfg, model)
+  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes), nets)
 
 
 def row_of(batch: dict) -> Row:
@@ -132,14 +135,36 @@ def _agree(objective, model) -> None:
     )  # fmt: skip
 
 
+def networks(cfg, model) -> dict[str, Any]:
+  """Networks beside the model: `trees.<name> = {"kind": …}`, one of models.NETS, with a tree of its own.
+
+  Raises:
+    ConfigError: unknown kind, a wrong key, or a name that is taken.
+  """
+  nets = {}
+  for name, spec in sorted((config.plain(cfg.get("trees")) or {}).items()):
+    if not isinstance(spec, dict) or "kind" not in spec:
+      continue
+    if name in ("model", "ema"):
+      raise ConfigError("the name is taken", key="trees", value=name, fix="another name")
+    nets[name] = config.build_kind(models.NETS, spec, f"trees.{name}").network(model)
+  return nets
+
+
 def functions(cfg, model) -> dict[str, Callable]:
-  """Networks by name: "model", and `trees.<name> = {"view": "no_lora"}`: the same tree without adapters."""
+  """Networks by name: "model", `networks`, and `trees.<name> = {"view": "no_lora"}`: the model's tree without
+  adapters."""
   fns = {"model": lambda trees, *a, **kw: model.apply(trees["model"], *a, **kw)}
+  for name, net in networks(cfg, model).items():
+    fns[name] = lambda trees, *a, name=name, net=net, **kw: net.apply(trees[name], *a, **kw)
   for name, spec in config.plain(cfg.get("trees", {}) or {}).items():
+    if name in fns:
+      continue
     view = spec.get("view") if isinstance(spec, dict) else spec
     if view != "no_lora":
       raise ConfigError(
-        "unknown view", key=f"trees.{name}.view", value=view, fix="the known view is 'no_lora'"
-      )
+        "unknown view", key=f"trees.{name}.view", value=view,
+        fix=f"the known view is 'no_lora'; a network of its own has a kind: {', '.join(models.NETS)}",
+      )  # fmt: skip
     fns[name] = lambda trees, *a, **kw: model.apply(models.lora.strip(trees["model"]), *a, **kw)
   return fns

@@ -5,6 +5,7 @@ from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.sampled import SampledAbsorb
 from genmodels.corruption.subset import Subset
 
 REGISTRY = {
@@ -14,6 +15,7 @@ REGISTRY = {
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
   "input_mask": InputMask,
+  "sampled_absorb": SampledAbsorb,
   "subset": Subset,
 }
 
@@ -27,6 +29,7 @@ __all__ = [
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",
+  "SampledAbsorb",
   "Search",
   "Subset",
 ]

@@ -109,7 +109,10 @@ class Absorb(Corruption):
     return 2 if self.complement else 1
 
   def draw(self, row: Row, key: Array, step, latent=None, bound: tuple | None = None) -> Noise:
-    lo, hi = self.blocks.bounds(row, step)
+    return self.within(row, key, step, *self.blocks.bounds(row, step), bound)
+
+  def within(self, row: Row, key: Array, step, lo: Array, hi: Array, bound: tuple | None = None) -> Noise:
+    """`draw` for given blocks [lo, hi), int32[B, N] each."""
     at = jnp.uint32(rng.EVAL_STEP) if bound is not None else step
     t = self.levels(row, lo, hi, key, at, step, bound)
     ok = eligible(row)

@@ -109,6 +109,11 @@ class Corruption:
     """
     raise NotImplementedError
 
+  @property
+  def longest(self) -> int | None:
+    """Tokens of the longest block that is drawn at any step; None where a document can be one."""
+    return self.blocks.longest
+
   def stats(self) -> dict[str, Array]:
     """What the training state keeps for this corruption, {} for most: arrays that `update` moves."""
     return {}

@@ -20,7 +20,7 @@ from genmodels.rows import doc_bounds, of_doc
 Array = jax.Array
 
 # What a draw is for; different tags are independent.
-LEVEL, WHICH, VALUE, ORDER, DROP, NOISE = range(6)
+LEVEL, WHICH, VALUE, ORDER, DROP, NOISE, SIZE = range(7)
 
 # Stands for the step in evaluations, which must not depend on how long a model was trained.
 EVAL_STEP = 0xFFFFFFFF

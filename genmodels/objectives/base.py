@@ -87,7 +87,8 @@ class Term:
   @property
   def reads(self) -> tuple:
     """What decides which predictions a term asks for: terms with equal `reads` share a pass over the logits."""
-    return self.head, self.stream, self.align, self.on, self.weight, self.cart_p
+    own = ("normaliser", "measure", "scale")
+    return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Objective:
         raise ValueError(
           f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout"
         )
-    kept, longest = self.layout.whole_blocks, self.corruption.blocks.longest
+    kept, longest = self.layout.whole_blocks, self.corruption.longest
     if kept and (longest is None or longest > kept):
       size = "all tokens of a document" if longest is None else f"{longest} tokens"
       raise ConfigError(
@@ -294,7 +295,10 @@ class Objective:
     Returns:
       (inputs, {term: Target}, {term: float32 denominator}).
     """
-    noise = self.corruption.draw(row, key, step, latent, bound)
+    return self.asked(row, self.corruption.draw(row, key, step, latent, bound), latent, bound)
+
+  def asked(self, row: Row, noise: Noise, latent=None, bound: tuple | None = None):
+    """`prepare` for noise that is drawn already."""
     inputs, read = self.view(row, noise, latent=latent)
     targets, denominators = {}, {}
     for name, term in self.terms.items():
@@ -426,10 +430,12 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
+  from genmodels.objectives.policy import BlockPolicy
 
   return {
     "tokens": Objective,
     "block_distill": BlockDistill,
+    "block_policy": BlockPolicy,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,

@@ -65,7 +65,7 @@ class PlayerConfig:
     trees: names of the trees that it trains; () is the one of its own name.
     terms: objective terms of its loss; () those that no other player names.
     optimizer: OptimConfig; that of "model" is the section `optim`.
-    every: it moves at the steps that `every` divides.
+    every: it moves at every so many-th step, counted as logs and saves are.
   """
 
   trees: tuple[str, ...] = ()
@@ -187,7 +187,9 @@ def make_train_step(
         idle = lambda trees, opt, guard, p=player, shape=shape: (
           {t: trees[t] for t in p.trees}, opt, guard, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
         )  # fmt: skip
-        mine, opt[player.name], guard, m = jax.lax.cond(state.step % player.every == 0, turn, idle, *args)
+        mine, opt[player.name], guard, m = jax.lax.cond(
+          (state.step + 1) % player.every == 0, turn, idle, *args
+        )
       trees |= mine
       sums |= m.pop("stats")
       work, ok = m.pop("work"), m.pop("ok")
@@ -388,7 +390,9 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
   first, known = made.pop("model", PlayerConfig()), {"model": parts.model, **parts.nets}
   named = [t for p in made.values() for t in p.terms]
   rest = tuple(t for t in parts.objective.terms if t not in named)
-  found = [dataclasses.replace(model, trees=first.trees or ("model",), terms=first.terms or rest, every=first.every)]
+  found = [
+    dataclasses.replace(model, trees=first.trees or ("model",), terms=first.terms or rest, every=first.every)
+  ]
   if found[0].trees != ("model",):
     raise ConfigError(
       "the player 'model' trains the tree 'model'", key="players.model.trees", value=first.trees,
@@ -399,7 +403,10 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
     for tree in trees:
       if tree not in known:
         raise ConfigError(
-          "no such tree", key=f"players.{name}.trees", value=trees, fix=f"one of {', '.join(known)}, or trees.{tree}"
+          "no such tree",
+          key=f"players.{name}.trees",
+          value=trees,
+          fix=f"one of {', '.join(known)}, or trees.{tree}",
         )
     shapes = states.owned({t: known[t].abstract_params() for t in trees}, trees)
     axes = states.owned({t: known[t].logical_axes() for t in trees}, trees)
@@ -411,7 +418,9 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
       for x in getattr(p, what):
         if x in held or (what == "terms" and x not in parts.objective.terms):
           why = f"{x!r} is {held[x]!r}'s already" if x in held else f"the objective has no term {x!r}"
-          raise ConfigError(why, key=f"players.{p.name}.{what}", value=getattr(p, what), fix="one player each")
+          raise ConfigError(
+            why, key=f"players.{p.name}.{what}", value=getattr(p, what), fix="one player each"
+          )
         held[x] = p.name
       if not getattr(p, what):
         raise ConfigError(
@@ -436,7 +445,9 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
   moving = optim.trainable(ocfg, shapes)
   seats = players(parts, Player("model", ("model",), (), tx, 1, moving), steps)
   owns = {p.name: p.trees for p in seats}
-  begin = lambda trees: states.create(trees, {p.name: p.tx for p in seats}, initial_stats(cfg, objective), owns)
+  begin = lambda trees: states.create(
+    trees, {p.name: p.tx for p in seats}, initial_stats(cfg, objective), owns
+  )
 
   def fresh(key):
     params = model.init(key)

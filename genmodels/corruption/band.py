@@ -82,7 +82,9 @@ class BandAbsorb(Absorb):
         "complement=False"
       )
     if self.search.every and not all(b.is_constant for b in self.band):
-      raise ValueError("band is searched for and scheduled; it is one of them: search.every=0, or two numbers")
+      raise ValueError(
+        "band is searched for and scheduled; it is one of them: search.every=0, or two numbers"
+      )
 
   # -- what a state keeps ---------------------------------------------------------------------------------
 
@@ -128,6 +130,7 @@ class BandAbsorb(Absorb):
     first = (rows.coordinates(row.doc) == unit_lo) & (n > 0) & (row.doc >= 0)
     k = rows.count_in(unit_lo, unit_hi, noise.hit[:, 0] & ok)
     share = k / jnp.maximum(n, 1)
+
     # A loop: [I, B, N] would be what no part of the step needs.
     def one(interval):
       inside = first & (share >= interval[0] - _EDGE) & (share <= interval[1] + _EDGE)

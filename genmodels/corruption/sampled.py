@@ -39,7 +39,9 @@ class SampledAbsorb(Absorb):
     super().__post_init__()
     if not self.sizes or min(self.sizes) < 1:
       raise ValueError(f"sizes is {self.sizes}; a block has at least one token")
-    if self.probs and (len(self.probs) != len(self.sizes) or min(self.probs) < 0 or abs(sum(self.probs) - 1) > 1e-6):
+    if self.probs and (
+      len(self.probs) != len(self.sizes) or min(self.probs) < 0 or abs(sum(self.probs) - 1) > 1e-6
+    ):
       raise ValueError(f"probs is {self.probs}; one for each of sizes, and their sum is 1")
     if self.blocks.whole or self.blocks.sizes or self.blocks.anchor != "document":
       raise ValueError(
@@ -83,7 +85,7 @@ def chain(doc: Array, size: Array) -> tuple[Array, Array]:
   """
   doc_lo, doc_hi = rows.doc_bounds(doc)
   n, N = rows.coordinates(doc), doc.shape[1]
-  edge = lambda x, value: jnp.concatenate([x, jnp.full_like(x[:, :1], value)], 1)  # N: behind the row
+  edge = lambda x, value: jnp.pad(x, ((0, 0), (0, 1)), constant_values=value)  # N: behind the row
   jump = edge(jnp.minimum(n + size, doc_hi), N)
   first = edge(n == doc_lo, True)
   batch = jnp.arange(doc.shape[0])[:, None]

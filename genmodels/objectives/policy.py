@@ -51,7 +51,9 @@ class BlockPolicy(Objective):
     super().__post_init__()
     object.__setattr__(self, "entropy", Schedule.of(self.entropy))
     if not isinstance(self.corruption, SampledAbsorb):
-      raise ValueError("corruption is of another kind; a policy chooses among the sizes of kind 'sampled_absorb'")
+      raise ValueError(
+        "corruption is of another kind; a policy chooses among the sizes of kind 'sampled_absorb'"
+      )
     if self.policy not in self.terms or self.policy == self.likelihood:
       raise ValueError(f"terms lack {self.policy!r}, the policy's own loss")
     for name, term in self.terms.items():
@@ -111,7 +113,9 @@ class BlockPolicy(Objective):
     sums, aux = self.loss(outputs, targets)
     aux["work"] = {"model": work(outputs, targets), "reader": work(read, {})}
     if nets.player == self.policy:
-      sums[self.policy], more = self.reinforce(row, noise, aux["per_token"][self.likelihood], logp, choice, step)
+      sums[self.policy], more = self.reinforce(
+        row, noise, aux["per_token"][self.likelihood], logp, choice, step
+      )
       aux = {"per_token": {}, "ratios": more["ratios"], "work": aux["work"], "stats": more["stats"]}
     return sums, denominators, aux
 

@@ -184,9 +184,8 @@ def make_train_step(
       else:
         # An idle player moves nothing and reports zeros.
         shape = jax.eval_shape(turn, *args)[3]
-        idle = lambda trees, opt, guard, p=player, shape=shape: (
-          {t: trees[t] for t in p.trees}, opt, guard, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape),
-        )  # fmt: skip
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+        idle = lambda trees, opt, guard, p=player, m=nothing: ({t: trees[t] for t in p.trees}, opt, guard, m)
         mine, opt[player.name], guard, m = jax.lax.cond(
           (state.step + 1) % player.every == 0, turn, idle, *args
         )
@@ -287,7 +286,7 @@ def _turn(player, objective, fns, cfg, latent, sources, trees, opt, guard, row, 
 
 
 def initial_stats(cfg: StepConfig, objective: Objective | None = None) -> dict:
-  """The statistics that `make_train_step` keeps in TrainState.stats; the objective's own under "objective"."""
+  """The statistics that `make_train_step` keeps in TrainState.stats; "objective": the objective's own."""
   stats = {}
   if objective is not None and (own := objective.stats()):
     stats["objective"] = own

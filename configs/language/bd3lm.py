@@ -8,8 +8,8 @@ unclipped bound.
 
 Masked shares lie in a band that is searched for: every 5000 steps (unverified) the loss of held-out blocks is
 drawn anew, and of all intervals of widths 0.5 to 0.9 on a grid of 0.05 the one of least variance is trained
-with. It starts from the best known ones (unverified): [0.45, 0.95] at block size 4, [0.3, 0.8] at 16 (`:b16`).
-The tiny variant has no band and no search; `objective.corruption.search.every=20` turns it on.
+with. It starts from the best known ones (unverified): [0.45, 0.95] at block size 4, [0.3, 0.8] at 16
+(`:b16`). The tiny variant has no band and no search; `objective.corruption.search.every=20` turns it on.
 """
 
 from genmodels import sections

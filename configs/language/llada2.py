@@ -2,18 +2,18 @@
 
   genmodels train --config configs/language/llada2.py:tiny --workdir runs/llada2
 
-Blocks of 1, 4, 32 and 64 tokens, then whole documents (4096 tokens) for most of the run, then 2048, 256 and 32:
-warm-up, stable phase and decay in one traced number, nothing compiles again. One level in [0.3, 0.8] per
+Blocks of 1, 4, 32 and 64 tokens, then whole documents (4096 tokens) for most of the run, then 2048, 256 and
+32: warm-up, stable phase and decay in one traced number, nothing compiles again. One level in [0.3, 0.8] per
 document, unweighted cross-entropy averaged over masked tokens, no shift, attention inside documents.
 
-`:stable` is the stable phase as a run of its own (`init` names the run before it): one noisy stream in place of
-two, half the slots for the same loss. `:cap` is the stage after it, at 32: two complementary masks over one
-clean stream, and the confidence-aware loss, the entropy of predictions that are right, times 2.
+`:stable` is the stable phase as a run of its own (`init` names the run before it): one noisy stream in place
+of two, half the slots for the same loss. `:cap` is the stage after it, at 32: two complementary masks over
+one clean stream, and the confidence-aware loss, the entropy of predictions that are right, times 2.
 
 The published models are mixtures of experts; the default variant is a dense trunk with the attention of the
 16B one. Verified in the authors' training code: band, mask id 156895, learning rate 1e-5, AdamW 0.9/0.999,
-weight decay 0.1, λ = 2. Unverified: steps of each block size, batch, the order of the decay. Not here: noise on
-mask embeddings early in the run (`init.mask_row="mean_noise"` sets the row), preference optimisation.
+weight decay 0.1, λ = 2. Unverified: steps of each block size, batch, the order of the decay. Not here: noise
+on mask embeddings early in the run (`init.mask_row="mean_noise"` sets the row), preference optimisation.
 """
 
 from genmodels import sections

@@ -45,7 +45,8 @@ class SampledAbsorb(Absorb):
       raise ValueError(f"probs is {self.probs}; one for each of sizes, and their sum is 1")
     if self.blocks.whole or self.blocks.sizes or self.blocks.anchor != "document":
       raise ValueError(
-        "blocks are the equal ones of likelihoods and samplers, counted from the document: blocks.size=<one of sizes>"
+        "blocks are the equal ones of likelihoods and samplers, counted from the document: "
+        "blocks.size=<one of sizes>"
       )
 
   @property

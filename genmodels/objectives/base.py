@@ -86,7 +86,7 @@ class Term:
 
   @property
   def reads(self) -> tuple:
-    """What decides which predictions a term asks for: terms with equal `reads` share a pass over the logits."""
+    """What decides which predictions a term asks for; terms that agree share a pass over the logits."""
     own = ("normaliser", "measure", "scale")
     return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own)
 
@@ -161,7 +161,7 @@ class Objective:
       raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
     if terms[self.likelihood].measure != "nll":
       raise ValueError(
-        f"likelihood is {self.likelihood!r}, whose measure is {terms[self.likelihood].measure!r}: no likelihood"
+        f"likelihood is {self.likelihood!r}, which measures {terms[self.likelihood].measure!r}: no likelihood"
       )
     for name, t in terms.items():
       if t.stream not in self.layout.streams:
@@ -202,11 +202,11 @@ class Objective:
     return bound
 
   def update(self, stats: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
-    """New statistics from sums over a global batch: those that `run` returns as aux["stats"], or a survey's."""
+    """New statistics from sums over a global batch, those of `run` (aux["stats"]) or of a survey."""
     return self.corruption.update(dict(stats), sums)
 
   def survey(self, nets: Nets, row: Row, key: Array, step, draw: tuple) -> dict[str, Any]:
-    """Sums for `update` over a held-out batch: draw (r, R) of the likelihood bound, at training step `step`."""
+    """Sums for `update` over a held-out batch: draw (r, R) of the likelihood bound, at a training step."""
     noise = self.corruption.draw(row, key, step, nets.latent, draw)
     inputs, targets, _ = self.prepare(row, key, step, nets.latent, draw)
     _, aux = self.loss(nets["model"](inputs, targets), targets)

@@ -4,11 +4,11 @@
   reward of a block = −(its weighted cross-entropy) − cost
   ∇ E[reward per token] ∝ E Σ_b (reward_b − ρ · tokens_b) ∇ log π(size_b),     ρ = E reward / E tokens
 
-Huang & Tang, 2505.14455, choose the size of the next block by reinforcement learning from hidden states of the
-blocks before it (pooled, with their entropy). Their reward and update are not reproduced here: this is
-REINFORCE on the gain ρ of a renewal process, whose running mean is the baseline (renewal-reward theorem; what a
-choice does to later blocks is left out). Sizes must not follow from what they decide about: the policy reads a
-causal pass over the clean row, which knows no blocks.
+Huang & Tang, 2505.14455, choose the size of the next block by reinforcement learning from hidden states of
+the blocks before it (pooled, with their entropy). Their reward and update are not reproduced here: this is
+REINFORCE on the gain ρ of a renewal process, whose running mean is the baseline (renewal-reward theorem; what
+a choice does to later blocks is left out). Sizes must not follow from what they decide about: the policy
+reads a causal pass over the clean row, which knows no blocks.
 
 Legend: B rows · N clean tokens · C sizes · D width.
 """
@@ -51,9 +51,7 @@ class BlockPolicy(Objective):
     super().__post_init__()
     object.__setattr__(self, "entropy", Schedule.of(self.entropy))
     if not isinstance(self.corruption, SampledAbsorb):
-      raise ValueError(
-        "corruption is of another kind; a policy chooses among the sizes of kind 'sampled_absorb'"
-      )
+      raise ValueError("corruption is of another kind; a policy chooses among sizes of kind 'sampled_absorb'")
     if self.policy not in self.terms or self.policy == self.likelihood:
       raise ValueError(f"terms lack {self.policy!r}, the policy's own loss")
     for name, term in self.terms.items():

@@ -72,6 +72,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   model = models.build(section)
   _agree(objective, model)
   notes = list(laws.check(objective))
+  if objective.corruption.dense:
+    notes += [_dense(objective, source.meta.seq_len, mesh)]
   if model.cfg.attention_capacity is not None and not kernels.bounded(implementation):
     notes += [f"model.attention_capacity is without effect: lists of {implementation} hold the worst case"]
   if warning := kernels.caution(implementation, model.cfg.attention_safe):
@@ -86,6 +88,23 @@ def row_of(batch: dict) -> Row:
   side = {k.removeprefix("side/"): v for k, v in batch.items() if k.startswith("side/")}
   docs = Documents(*(batch[k] for k in ("example_id", "occurrence", "rank", "mode", "source")), side)
   return Row(*(batch[k] for k in ("tokens", "doc", "pos", "role", "modality", "index")), docs)
+
+
+def _dense(objective, length: int, mesh) -> str:
+  """What to say of a random mask, or ConfigError: it is for short rows on one context shard."""
+  slots, shards = length * len(objective.layout.streams), 1 if mesh is None else mesh.shape["context"]
+  kind = getattr(objective.corruption, "_config_kind", type(objective.corruption).__name__)
+  if slots > kernels.dense.LIMIT:
+    raise ConfigError(
+      f"corruption {kind!r} draws a mask of all pairs, for at most {kernels.dense.LIMIT} slots",
+      key="data.seq_len", value=length, fix="shorter rows, or blocks that grow (configs/language/nbdiff.py)",
+    )  # fmt: skip
+  if shards > 1:
+    raise ConfigError(
+      f"corruption {kind!r} draws a mask of all pairs, which does not split over context shards",
+      key="mesh.context", value=shards, fix="1",
+    )  # fmt: skip
+  return f"masks {', '.join(objective.masks)} are no intervals: dense attention over {slots} × {slots} pairs"
 
 
 def _attention(section, mesh) -> tuple[str, str]:

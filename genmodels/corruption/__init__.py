@@ -1,6 +1,7 @@
 """Corruptions: what is drawn for the tokens of a row (levels, hits, orders), never where they sit."""
 
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
+from genmodels.corruption.anneal import AnnealAbsorb
 from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
@@ -11,6 +12,7 @@ from genmodels.corruption.subset import Subset
 REGISTRY = {
   "clean": Clean,
   "absorb": Absorb,
+  "anneal_absorb": AnnealAbsorb,
   "band_absorb": BandAbsorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
@@ -22,6 +24,7 @@ REGISTRY = {
 __all__ = [
   "REGISTRY",
   "Absorb",
+  "AnnealAbsorb",
   "BandAbsorb",
   "Blocks",
   "Clean",

@@ -91,6 +91,7 @@ class Corruption:
   drop: float = 0.0
 
   copies = 1  # noisy copies drawn per token
+  dense = False  # draws pairs, for a mask that is no union of intervals
   search = None  # when held-out losses decide statistics: corruption.band.Search
 
   def __post_init__(self):

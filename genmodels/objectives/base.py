@@ -27,6 +27,7 @@ from genmodels import config, corruption, layouts, metrics, rows
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
+from genmodels.masks import DenseMask
 from genmodels.objectives import relations
 from genmodels.parallel import current_mesh
 
@@ -150,6 +151,10 @@ class Objective:
     }
     put("terms", terms)
     put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
+    if self.corruption.dense:
+      if len(self.layout.streams) > 1:
+        raise ValueError(f"layout.streams is {self.layout.streams}; a random mask is of one stream")
+      put("least", relations.table({f"{s}>{s}": "POS_LE" for s in self.layout.streams}, self.layout.streams))
     if len(terms) == 1:
       put("likelihood", self.likelihood or next(iter(terms)))
     if not self.likelihood:
@@ -242,6 +247,9 @@ class Objective:
     A = row.pos.shape[-1]
     pos = jnp.take_along_axis(row.pos, jnp.broadcast_to(src[..., None], src.shape + (A,)), 1)
     masks = {p: r.mask(slots) for p, r in self.relations.items()}
+    if noise.pairs is not None:
+      least = self.least.mask(slots)
+      masks = {p: DenseMask(least, most, noise.pairs) for p, most in masks.items()}
     return Inputs(ids=ids[..., None], pos=pos, doc=slots.doc, masks=masks)
 
   def shown(self, row: Row, noise: Noise, slots: Slots) -> Array:

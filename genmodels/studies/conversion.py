@@ -57,6 +57,8 @@ BLOCKS = (1, 2, 4, 8, 16, 32)
 TAUS = (0.3, 0.5, 0.7, 0.9, 1.0)
 STEPS = (8, 16, 32, 64)  # whole sequences: steps of a text of NEW tokens
 GIVEN, NEW = 32, 64
+DRAWS = 8  # of a likelihood bound
+STAGE_S = 15.0  # compilation and opening of a stage; measured on two CPU cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def recipe(name: str, root: pathlib.Path, options: Options) -> ml_collections.Co
     cfg.batch_size = size["batch_size"]
     cfg.model = {**size["model"], "vocab_multiple": 8, "qk_norm": "rms", "remat": {"preset": "none"}}
     cfg.data = {"kind": "text", "path": str(root / "data"), "seq_len": size["seq_len"]}
-    cfg.eval = {"every": 0, "documents": options.documents, "draws": 16}
+    cfg.eval = {"every": 0, "documents": options.documents, "draws": DRAWS}
     cfg.optim = {
       "name": "muon", "lr": size["lr"] * (1 if not source else 2 / 3), "weight_decay": 0.1, "b2": 0.95,
       "schedule": {"kind": "wsd", "warmup": max(steps // 20, 1), "decay_steps": max(steps // 3, 1)},
@@ -146,25 +148,26 @@ def _stretch(section, old: int, new: int) -> None:
 
 
 def estimate(options: Options, rate: float) -> float:
-  """Seconds of training and evaluation: matmul FLOPs of all runs at `rate` FLOP/s.
+  """Seconds: matmul FLOPs of training and likelihoods at `rate` FLOP/s, and STAGE_S for every stage.
 
-  Slots, not tokens: two and three streams cost twice and three times. Evaluations add a share that was
-  measured on the small size: 0.35 of the training.
+  FLOPs are of slots, not of tokens: two and three streams cost twice and three times.
   """
   size = SIZES[options.size]
   m = size["model"]
   vocab = int(size["tokenizer"].partition(":")[2])
-  layer = (
-    m["width"] * m["head_dim"] * (2 * m["num_heads"] + 2 * m["num_kv_heads"]) + 3 * m["width"] * m["mlp"]
-  )
+  heads = m["head_dim"] * (2 * m["num_heads"] + 2 * m["num_kv_heads"])
+  attention = m["num_heads"] * m["head_dim"] * size["seq_len"]
+  per_slot = 6 * m["layers"] * (m["width"] * heads + 3 * m["width"] * m["mlp"] + attention)
   total = 0.0
   for name in ("ar", *options.recipes):
-    system = "ar" if name == "ar" else RECIPES[name][0]
-    streams = len(config.load(f"language/{system}:tiny").objective.get("layout", {}).get("streams", "c"))
-    attention = 2 * m["num_heads"] * m["head_dim"] * size["seq_len"]
-    per_slot = 6 * (m["layers"] * (layer + attention / 2))
-    total += tokens_of(options, name) * (per_slot * streams + 6 * m["width"] * vocab)
-  return 1.35 * total / rate
+    objective = config.load(f"language/{'ar' if name == 'ar' else RECIPES[name][0]}:tiny").objective
+    streams = len(objective.get("layout", {}).get("streams", "c"))
+    evaluated = options.documents * size["seq_len"] * (1 if name == "ar" else DRAWS)
+    if streams > 1:
+      evaluated *= len(BLOCKS)
+    tokens = tokens_of(options, name) + evaluated / 3  # an evaluation is a forward pass
+    total += tokens * (per_slot * streams + 6 * m["width"] * vocab)
+  return total / rate + STAGE_S * 3 * (len(options.recipes) + 1)
 
 
 def matmul_rate() -> float:

@@ -43,7 +43,7 @@ def page(summary: Mapping) -> str:
     f"An AR model of {ar['parameters']:,} parameters was trained on {ar['tokens']:,} tokens; each recipe "
     f"then had {budget} tokens more. Text: {sources}; {train['tokens']:,} tokens to train on, "
     f"{held['documents']} documents ({held['tokens']:,} tokens) held out. Vocabulary {train['vocab_size']}, "
-    f"block size {o['block']} in training. Diffusion numbers are upper bounds by exact counts, 16 draws; "
+    f"block size {o['block']} in training. Diffusion numbers are upper bounds by exact counts; "
     "± is the standard error over documents.",
     "## Held-out bits per byte by block size",
     likelihood_table(summary),

@@ -45,7 +45,7 @@ def test_the_estimate_grows_with_what_is_asked():
     2 * small
   )
   three = conversion.estimate(conversion.Options(recipes=("fast_dllm_v2",)), 1e10)
-  two, one = small, conversion.estimate(conversion.Options(recipes=("llada",)), 1e10)
+  one = conversion.estimate(conversion.Options(recipes=("llada",)), 1e10)
   assert one < two < three
   with pytest.raises(ValueError, match="unknown"):
     conversion.Options(recipes=("bd4",))

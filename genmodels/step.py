@@ -369,6 +369,12 @@ class Program:
     return {pattern: plan.tiles for pattern, plan in made.items()}
 
 
+def player_configs(cfg) -> dict[str, PlayerConfig]:
+  """The section `players` of a config, by name."""
+  section = config.plain(cfg.get("players")) or {}
+  return {n: config.build(PlayerConfig, s, f"players.{n}") for n, s in sorted(section.items())}
+
+
 def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ...]:
   """All players of a system: "model" first, then those of its config's `players` section by name.
 
@@ -379,9 +385,8 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
   Raises:
     ConfigError: a player without trees or terms, a tree or a term of two players, or of none that exists.
   """
-  section = config.plain(parts.cfg.get("players")) or {}
-  made = {n: config.build(PlayerConfig, s, f"players.{n}") for n, s in sorted(section.items())}
-  if "optimizer" in section.get("model", {}):
+  made = player_configs(parts.cfg)
+  if "optimizer" in ((config.plain(parts.cfg.get("players")) or {}).get("model") or {}):
     raise ConfigError(
       "the player 'model' has the optimiser of the section `optim`", key="players.model.optimizer",
       fix="leave it out",

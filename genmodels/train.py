@@ -120,6 +120,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       "mesh": mcfg,
       "model": model.cfg,
       "objective": objective,
+      "players": steps.player_configs(cfg),
     }
   )
   if lead:

@@ -141,6 +141,10 @@ def _agree(objective, model) -> None:
         "the model has no such head", key=f"objective.terms.{name}.head", value=term.head,
         fix=f"one of {', '.join(heads)}, or add it to model.heads",
       )  # fmt: skip
+    if term.measure != "nll" and heads[term.head].kind != "categorical":
+      raise ConfigError(
+        "its head has no classes", key=f"objective.terms.{name}.measure", value=term.measure, fix="'nll'"
+      )
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(

@@ -7,7 +7,6 @@ what the uninterrupted one found.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from genmodels import system
@@ -52,7 +51,6 @@ class Survey:
           # Fetched one by one: programs with collectives in flight together may deadlock host devices.
           one = jax.device_get(self._sums(state.trees, row, self.key, np.int32(step), np.int32(r)))
           total = one if total is None else jax.tree.map(np.add, total, one)
-      total = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), total)
       found = self._update(state.stats["objective"], total)
     return state.replace(stats={**state.stats, "objective": found})
 

@@ -77,6 +77,7 @@ def losses(noise, size, best):
   return jnp.where(noise.hit[:, 0], (5.0 + swing) * size / jnp.maximum(share * size, 1), 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, best", [(4, (0.45, 0.95)), (16, (0.3, 0.8))])
 def test_planted_variance_is_found(size, best):
   c, row = band(size, every=100), row_of(64)

@@ -1,6 +1,7 @@
 """DiffuGPT: the random annealing mask, its limits, and the dense path that it takes (T6 of a dense mask)."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -24,6 +25,7 @@ def _parameters():
   trunk()
 
 
+@functools.cache
 def objective(share=None, ref="diffugpt:tiny") -> Objective:
   obj = objectives.build(config.load(f"language/{ref}").objective, {"mask_id": MASK})
   if share is None:
@@ -53,15 +55,16 @@ def test_nothing_drawn_is_the_causal_model():
   )
 
 
+@pytest.mark.slow
 def test_everything_drawn_is_full_attention():
   row, obj = rows((9, 6), B=2), objective(1.0)
   np.testing.assert_array_equal(seen(obj, row), builders.full(row.doc).to_dense())
   llama = objective(ref="diffullama:tiny")
   np.testing.assert_allclose(loss(obj, row)[1], loss(llama, row)[1], atol=1e-5)
-  half = objective(0.5)  # control
-  assert np.abs(np.asarray(loss(half, row)[1]) - np.asarray(loss(llama, row)[1])).max() > 1e-3
+  causal = objective(0.0)  # control
+  assert np.abs(np.asarray(loss(causal, row)[1]) - np.asarray(loss(llama, row)[1])).max() > 1e-3
   # Likelihoods and samplers see everything, by intervals.
-  inputs, _, _ = half.prepare(row, KEY, 3, bound=(0, 2))
+  inputs = jax.eval_shape(lambda: obj.prepare(row, KEY, 3, bound=(0, 2))[0])
   assert isinstance(inputs.masks["full"], AttnMask)
 
 
@@ -86,7 +89,7 @@ def test_later_tokens_appear_with_the_share_of_the_step():
   np.testing.assert_array_equal(pairs, mask.sum(-1))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_shard_draws_the_same_matrix():
   """The loss over two data shards, by tokens, is that of one device; so is the matrix."""
   row, obj = rows((12, 5), B=4), objective(0.5)

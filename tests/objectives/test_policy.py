@@ -92,6 +92,7 @@ def test_sizes_have_their_law_and_know_no_row():
     dataclasses.replace(policy(), layout=layout)
 
 
+@pytest.mark.slow
 def test_one_size_is_block_diffusion_bit_by_bit():
   row = rows((13, 6), B=3)
   plain = diffusion(("n", "c"), "bd3", unit="block", blocks={"size": 4})
@@ -144,6 +145,7 @@ def ignores_step(tx):
   return optax.GradientTransformation(tx.init, lambda g, s, p, step=None: tx.update(g, s, p))
 
 
+@pytest.mark.slow
 def test_the_policy_finds_the_best_size():
   step, state, net = planted_step()
   row = token_row(np.zeros((16, 64), np.int32))
@@ -162,6 +164,7 @@ def test_the_policy_finds_the_best_size():
   assert not np.asarray(state.trees["model"]["w"]).any()
 
 
+@pytest.mark.slow
 def test_a_player_moves_when_it_is_due():
   step, state, _ = planted_step()
   row = token_row(np.zeros((16, 64), np.int32))

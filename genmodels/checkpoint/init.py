@@ -70,7 +70,7 @@ class InitRecipe:
     path: workdir, or imported folder.
     step: −1 the newest that verifies.
     average: further steps of the same run; the parameters are the mean over `step` and these (checkpoint
-      merging in place of a decay: Tian et al., "WSM", 2507.17634; LLaDA2 merges so before its last stage).
+      merging in place of a decay of the learning rate: Tian et al., "WSM", 2507.17634).
     tree: tree to read, "model" or "ema".
     to: trees that get it; () means "model", and "ema" where the run has one.
     rename: (pattern on this run's name, replacement) → name in the source.

@@ -89,9 +89,9 @@ def chain(doc: Array, size: Array) -> tuple[Array, Array]:
   edge = lambda x, value: jnp.pad(x, ((0, 0), (0, 1)), constant_values=value)  # N: behind the row
   jump = edge(jnp.minimum(n + size, doc_hi), N)
   first = edge(n == doc_lo, True)
-  batch = jnp.arange(doc.shape[0])[:, None]
+  mark = jax.vmap(lambda first, jump: first.at[jump].max(first))
   for _ in range(max(N - 1, 1).bit_length()):
-    first = first.at[batch, jump].max(first)
+    first = mark(first, jump)
     jump = jnp.take_along_axis(jump, jump, 1)
   first = first[:, :N]
   lo = jax.lax.cummax(jnp.where(first, n, 0), axis=1)

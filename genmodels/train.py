@@ -109,6 +109,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   parts = system.build(cfg, workdir=str(workdir), mesh=mesh)
   model, objective = parts.model, parts.objective
   program = steps.program(parts, tcfg, ocfg, tcfg.steps, mesh)
+  others = steps.player_configs(cfg)
   # A table: computed when it is logged, the rate would queue behind the running step and be charged its time.
   rates = np.asarray(jax.jit(jax.vmap(program.lr))(np.arange(tcfg.steps)))
   resolved = config.resolved(
@@ -120,7 +121,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       "mesh": mcfg,
       "model": model.cfg,
       "objective": objective,
-      "players": steps.player_configs(cfg),
+      "players": others,
     }
   )
   if lead:
@@ -176,6 +177,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
           flops=sum(_flops(flops, w, 3 if name == "model" else 1) for name, w in m["work"].items() if w),
         )
+      idle = tuple(f"{name}/" for name, p in others.items() if at % p.every)  # they report zeros
+      m = {k: v for k, v in m.items() if not k.startswith(idle)}
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
         say(

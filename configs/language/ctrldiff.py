@@ -63,5 +63,5 @@ def get_config(variant: str = ""):
     sections.tiny_text(cfg)
     cfg.train.ema = 0.0
     cfg.trees.policy.width = 32
-    cfg.players.policy.update(every=2, optimizer={"lr": 3e-3, "schedule": {"kind": "constant"}})
+    cfg.players.policy.update(every=2, optimizer={"lr": 3e-3, "schedule": {"warmup": 5}})
   return cfg

@@ -110,6 +110,7 @@ def test_planted_variance_is_found(size, best):
   assert draw._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_variances_are_those_of_the_blocks():
   """The sums against NumPy, with a prompt, padding and ragged blocks."""
   doc = np.repeat([0, 1, -1], (10, 7, 3))[None].repeat(3, 0)

@@ -38,6 +38,7 @@ def seen(obj, row, step=3):
   return np.asarray(jax.jit(lambda row: obj.prepare(row, KEY, step)[0].masks["full"].to_dense())(row))
 
 
+@pytest.mark.slow
 def test_nothing_drawn_is_the_causal_model():
   row, obj = rows((9, 6), B=2), objective(0.0)
   np.testing.assert_array_equal(seen(obj, row), builders.causal(row.doc).to_dense())
@@ -110,7 +111,7 @@ def drawn(lq, lk, B=2, share=0.4):
   return mask, x(4, lq), x(2, lk), x(2, lk)
 
 
-@pytest.mark.parametrize("length, soft_cap", [(13, None), (160, 5.0)])
+@pytest.mark.parametrize("length, soft_cap", [(13, None), pytest.param(160, 5.0, marks=pytest.mark.slow)])
 def test_the_dense_path_is_the_oracle(length, soft_cap):
   """Output, LSE and three gradients; empty queries; a last chunk that is not full."""
   mask, q, k, v = drawn(length, length)

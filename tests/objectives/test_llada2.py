@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import config, objectives
+from genmodels import config, models, objectives, system
 from genmodels.config import ConfigError
 from genmodels.contracts import Target
 from genmodels.sampling import at_step
@@ -95,3 +96,14 @@ def test_whole_documents_need_no_second_stream():
   assert np.abs(np.asarray(per_token(jnp.int32(0)) - want)).max() > 0.1  # control: blocks of one token
   slots = [jax.eval_shape(lambda o=o: o.prepare(row, KEY, at)[0]).ids.shape[1] for o in (two, one)]
   assert slots == [52, 26]
+
+
+def test_a_measure_of_classes_needs_a_head_that_has_some():
+  heads = lambda kind: types.SimpleNamespace(
+    cfg=types.SimpleNamespace(heads=(("text", models.Head(kind=kind, size=4)),), patterns=("full",), vocab=0)
+  )
+  system._agree(objective("cap"), heads("categorical"))
+  with pytest.raises(ConfigError, match="confidence_a.measure = 'entropy_correct': its head has no classes"):
+    system._agree(objective("cap"), heads("flow"))
+  with pytest.raises(ValueError, match="measure is 'entropy'"):
+    objectives.base.Term(measure="entropy")

@@ -1,0 +1,26 @@
+"""LongLLaDA: a longer context by a larger RoPE base, without training.
+
+  genmodels sample --workdir runs/llada --sampler samplers/longllada
+
+The authors multiply LLaDA"s base by 4, 14 and 31 for 8k, 16k and 24k; `:14` and `:31` take the others.
+"""
+
+from genmodels import sections
+
+VARIANTS = ("14", "31")
+
+
+def get_config(variant: str = ""):
+  cfg = sections.sampler(
+    "samplers/longllada",
+    title="LongLLaDA: Unlocking Long Context Capabilities in Diffusion LLMs",
+    arxiv="2506.14429",
+    row=143,
+    tests=(
+      "tests/sampling/ROPE",
+    ),
+    model={"context": {"factor": 4.0}},
+  )
+  if variant:
+    cfg.model.context.factor = float(variant)
+  return cfg

@@ -41,7 +41,7 @@ class Blocks:
     if self.anchor not in ("document", "response", "prompt"):
       raise ValueError(f"anchor is {self.anchor!r}; it must be 'document', 'response' or 'prompt'")
     if self.anchor == "prompt" and (self.sizes or self.size != Schedule.of(0)):
-      raise ValueError("anchor is 'prompt', whose blocks are the prompt and the rest; size and sizes must be unset")
+      raise ValueError("anchor is 'prompt', which says what the blocks are; leave size and sizes unset")
     if self.sizes and self.size != Schedule.of(0):
       raise ValueError("size and sizes are both set; keep `sizes` for ragged blocks, `size` for equal ones")
 

@@ -127,7 +127,9 @@ def resolve(name, found: Reach, where: str = "sampler.cache") -> CachePolicy:
   if name == "auto":
     return POLICIES[{"causal": "causal_exact", "block": "block_exact", "": "none"}[found.stored]]
   if name not in POLICIES:
-    raise ConfigError("unknown policy", key=where, value=name, fix=f"auto, {', '.join((*POLICIES, *REGISTRY))}")
+    raise ConfigError(
+      "unknown policy", key=where, value=name, fix=f"auto, {', '.join((*POLICIES, *REGISTRY))}"
+    )
   policy = POLICIES[name]
   if not policy.stores or policy.reach == found.stored or (policy.reach, found.stored) == ("block", "causal"):
     return policy

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import active, cache, commit, draw, quota
+from genmodels.sampling import active, cache, commit, draw, laws, partial, quota
 from genmodels.sampling.loop import Sampler
 
 
@@ -74,7 +74,8 @@ class SamplerConfig:
     sub_block: tokens of a unit that are open at one time, left to right (LLaDA's block length); 0: all.
       Steps of a quota are per sub-block.
     block: block size to decode with; 0 is the trained one, anything else warns.
-    cache: "auto", "none", "causal_exact", "block_exact".
+    cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
+      inside the front unit: prefix, dual, vicinity, free, delayed, logit_selective (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
@@ -91,7 +92,7 @@ class SamplerConfig:
   top_p: float = 1.0
   sub_block: int = 0
   block: int = 0
-  cache: str = "auto"
+  cache: Any = "auto"
   guidance: Any = dataclasses.field(default_factory=dict)
   eos: int = -1
   forbid: tuple[int, ...] = ()
@@ -101,6 +102,9 @@ class SamplerConfig:
   def __post_init__(self):
     section = {"kind": self.quota} if isinstance(self.quota, str) else self.quota
     object.__setattr__(self, "quota", config.build_kind(quota.REGISTRY, section, "quota"))
+    section = {"kind": self.cache} if self.cache in tuple(partial.REGISTRY) else self.cache
+    if not isinstance(section, str):
+      object.__setattr__(self, "cache", config.build_kind(partial.REGISTRY, section, "cache"))
     section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
     object.__setattr__(self, "guidance", config.build(Guidance, section, "guidance"))
     if self.temperature < 0:
@@ -173,6 +177,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   if whole:
     found = dataclasses.replace(found, stored="")
   policy = cache.resolve(cfg.cache, found)
+  if policy.partial is not None and (single or not denoises):
+    raise ConfigError(
+      "each step computes its unit for the first time, so there is nothing to read inside it",
+      key="sampler.cache", value=policy.name, fix="sampler.cache='auto'",
+    )  # fmt: skip
   cut = not single and not whole
   store = None if whole else store_name  # a document that is one unit has nothing behind its front
   if single and found.stored != "causal":
@@ -211,7 +220,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity = max(blocks.sizes)
   else:
     capacity = 0 if whole else int(blocks.size(0))
-  return Sampler(
+  sampler = Sampler(
     cfg=dataclasses.replace(cfg, eos=eos),
     objective=objective,
     model=model,
@@ -229,3 +238,4 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     quota=chosen,
     commit=commit.Anywhere(),
   )
+  return sampler if policy.partial is None else laws.judged(sampler)

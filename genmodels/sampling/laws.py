@@ -1,10 +1,9 @@
-"""Is a cache exact? Decided by running it: a small generation through the sampler's own loop, with and without.
+"""Is a cache exact? Decided by running it: small generations through the sampler's own loop, with it and not.
 
-The sampler keeps its objective's masks, layout, alignment and noise, its active set and its cache policy; rows,
-blocks and windows shrink to a few tokens, and the network is a *probe*: a few layers that mix what each slot
-sees, under every mask pattern of the model. The relations know no sizes, so what holds of all states of the small
-rows holds of large ones; and whatever a slot sees moves the probe's output, so a stale, missing or doubled entry
-shows.
+The sampler keeps its objective's masks, layout, alignment and noise, its active set and its cache policy;
+rows, blocks and windows shrink to a few tokens, and the network is a *probe*: a few layers that mix what each
+slot sees, under every mask pattern of the model. The relations know no sizes, so a few tokens show what they
+allow; and whatever a slot sees moves the probe's output, so a stale, missing or doubled entry shows.
 
 Legend: B rows · S slots · Lc cache entries · M asked tokens · V ids of the probe.
 """
@@ -12,6 +11,7 @@ Legend: B rows · S slots · Lc cache entries · M asked tokens · V ids of the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -60,20 +60,19 @@ class Probe:
     for name, t in targets.items():
       read = jnp.take_along_axis(x, jnp.maximum(t.slot, 0), 1)[..., None]
       v = jnp.arange(V)
-      dists[name] = SimpleNamespace(map=lambda fn, *xs, z=jnp.sin(2 * (1 + v) * read + v): _map(fn, z, xs))
+      dists[name] = SimpleNamespace(map=functools.partial(_map, jnp.sin(2 * (1 + v) * read + v)))
     code = {p: jnp.broadcast_to(inputs.masks[p].code, x.shape) for p in self.patterns}
     return Outputs(dists, {"code": code, "layers": {"x": jnp.stack(new)[..., None]}})
 
 
-def _map(fn, logits, xs):
+def _map(logits, fn, *xs):
   B, M = logits.shape[:2]
   out = fn(logits.reshape(B * M, V), *(x.reshape(B * M, *x.shape[2:]) for x in xs))
   return jax.tree.map(lambda y: y.reshape(B, M, *y.shape[1:]), out)
 
 
 def _view(objective, row, noise, only):
-  """`Objective.view` without what the objective feeds besides masks: each slot shows whether, and which, token
-  is committed."""
+  """`Objective.view` without what an objective feeds besides ids: a slot shows its token, if committed."""
   slots = objective.layout.arrange(row, noise, only)
   at = jnp.maximum(slots.src, 0)
   take = lambda x: jnp.take_along_axis(x, at, 1)
@@ -122,9 +121,23 @@ def shrink(sampler):
   })  # fmt: skip
 
 
+_FOUND: dict[str, bool] = {}
+
+
 def exact(sampler) -> bool:
-  """True where decoding with the sampler's cache is decoding without: the logits of every step agree."""
+  """True where decoding with the sampler's cache is decoding without: the logits of every step agree.
+
+  Compiles a small program, once for all samplers that shrink to the same one."""
   small, row = shrink(sampler), small_row()
+  o, cfg = small.objective, small.cfg
+  said = o.corruption, o.layout, o.relations, o.terms[small.term], small.model, small.capacity
+  key = repr((type(sampler), small.policy, cfg.sub_block, small.active, small.commit, said))
+  if key not in _FOUND:
+    _FOUND[key] = _exact(small, row)
+  return _FOUND[key]
+
+
+def _exact(small, row) -> bool:
   with jax.ensure_compile_time_eval():
     off, _ = partial.drift(small, {}, row, jax.random.key(0), 2 * N)
     return bool(off.max() < TOLERANCE)
@@ -139,7 +152,7 @@ def judged(sampler):
   policy = dataclasses.replace(sampler.policy, exact=exact(sampler))
   if policy.partial is not None and policy.partial.exact and not policy.exact:
     raise ConfigError(
-      "tokens read from this cache see tokens that are committed after they were computed, so it is not exact",
+      "what is read from this cache sees tokens that are committed after it was computed: it is not exact",
       key="sampler.cache", value=policy.name, fix="sampler.cache='auto', or exact=False",
     )  # fmt: skip
   return dataclasses.replace(sampler, policy=policy)

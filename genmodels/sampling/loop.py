@@ -48,7 +48,7 @@ from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.parallel import rules
 from genmodels.parallel.rules import current_mesh
-from genmodels.sampling import active, draw
+from genmodels.sampling import active, draw, partial
 from genmodels.sampling.quota import Unit
 from genmodels.sampling.state import KINDS, Ask, Result, State, at_coordinate, first_where, put
 
@@ -169,8 +169,8 @@ class Sampler:
 
   @property
   def reuse(self) -> bool:
-    """Predictions are kept while no row changes."""
-    return self.quota.reuse
+    """Predictions are kept while no row changes; they would change if entries of a partial cache do."""
+    return self.quota.reuse and self.policy.partial is None
 
   def view(self, row: Row, noise: Noise, only: Array, branch: int):
     """The objective's view; branch 1 has every condition dropped."""
@@ -206,7 +206,7 @@ class Sampler:
     zero = jnp.zeros((B,), jnp.int32)
     caches, forwards, calls = (), 0, dict.fromkeys(KINDS, zero)
     if self.policy.stores:
-      caches = (self.model.init_cache(B, N),) * self.branches
+      caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
       if prefill:
         caches, used = self.prefill(params, row, caches, committed, jnp.minimum(cursor, prefill), prefill)
         forwards, calls = self.branches, calls | {"prefill": used}
@@ -229,7 +229,7 @@ class Sampler:
       caches=caches,
       draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
-      memory={},
+      memory={"cache": partial.memory(self, row, prefill)},
     )
 
   def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
@@ -286,13 +286,21 @@ class Sampler:
   def logits(self, params, row: Row, s: State) -> tuple[Array, Ask]:
     """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection."""
     a = self.ask(row, s)
-    return self.predict(params, a, s, self.choice.logits, ())[0], a
+    if self.policy.partial is None:
+      return self.predict(params, a, s, self.choice.logits, ())[0], a
+    out, now, *_ = partial.predict(self, params, a, s, self.choice.logits, ())
+    return out, a.replace(can=now)
 
   def forward(self, params, row: Row, s: State, a: Ask, key: Array):
-    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network)."""
+    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
+    remembered of the cache: `partial.memory`)."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
     keys = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, s.committed.sum(1)), a.at)
+
+    if self.policy.partial is not None:
+      picked, caches, kept = partial.forward(self, params, s, a, keys)
+      return picked, caches, jnp.int32(self.branches), kept
 
     def run():
       picked, news = self.predict(params, a, s, self.choice, keys)
@@ -302,9 +310,9 @@ class Sampler:
       return picked, caches
 
     if not self.reuse:
-      return *run(), jnp.int32(self.branches)
+      return *run(), jnp.int32(self.branches), partial.counted(self, s, a)
     picked, caches = jax.lax.cond(s.changed, run, lambda: (s.draft, s.caches))
-    return picked, caches, self.branches * s.changed
+    return picked, caches, self.branches * s.changed, partial.counted(self, s, a, s.changed)
 
   def unit(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Unit:
     """What quotas look at: the asked tokens, split into the groups of the active set."""
@@ -327,7 +335,7 @@ class Sampler:
     """One iteration: predict, commit, write the cache, move the front, stop."""
     B, G = row.tokens.shape[0], self.active.groups
     a = self.ask(row, s)
-    picked, caches, forwards = self.forward(params, row, s, a, key)
+    picked, caches, forwards, kept = self.forward(params, row, s, a, key)
     unit = self.commit.rank(self.unit(row, s, a, picked, key))
     chosen, level = self.quota.select(unit)
     chosen = self.commit.select(unit, chosen).reshape(B, -1)
@@ -361,7 +369,7 @@ class Sampler:
       caches=caches,
       draft=picked if self.reuse else (),
       changed=commit.any() | (a.cursor != s.cursor).any(),
-      memory=s.memory,
+      memory=s.memory | {"cache": kept},
     )
 
   def ended(self, row: Row, tokens: Array, committed: Array) -> Array:

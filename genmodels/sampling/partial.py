@@ -1,14 +1,14 @@
-"""Caches inside the front unit: a step computes some of its slots anew and reads the others as they were left.
+"""Caches inside the front unit: a step computes some of its slots anew and reads the others as they were.
 
 The entries of a unit are addressed by coordinate. A call hides the entries of the slots that it computes and
 *replaces* them afterwards; all others stay visible, whatever has been committed since. So a policy is one
-function, `recompute`: which slots of the unit a step computes. Those that predict a token that may be committed
-now always are (but under `keeps`, where their last prediction stands).
+function, `recompute`: which slots of the unit a step computes. Those that predict a token that may be
+committed now always are (but under `keeps`, where their last prediction stands).
 
 Which of these are exact depends on who sees whom, not on their names: `laws.exact` finds out.
 
 The number of slots varies from row to row and from step to step, shapes are static: a call is compiled for a
-few widths, and each step takes the smallest that holds the slots of all rows, gathered to the front and padded.
+few widths, and each step takes the smallest that holds the slots of all rows, gathered to the front.
 
 Legend: B rows · N tokens of a row · A slots of the unit · M asked tokens · Lc cache entries.
 """
@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import Array, pytree
+from genmodels.corruption.base import eligible
 from genmodels.masks import CODE_HIDDEN
 from genmodels.models import relabel_cache, write_cache
-from genmodels.sampling import draw
-from genmodels.sampling.state import at_coordinate
+from genmodels.sampling.state import at_coordinate, first_where
 
 LONG_AGO = 2**30
 
@@ -68,7 +68,7 @@ class Partial:
   Fields:
     refresh: the whole unit is computed anew every so many steps, at least; 0: not for that reason.
     widths: static widths that a call is compiled for, from that of the window to that of the unit.
-    exact: demand that decoding equals decoding without a cache; refused where it does not.
+    exact: demand that decoding equals decoding without a cache; a config where it does not is refused.
   """
 
   refresh: int = 0
@@ -103,7 +103,7 @@ class Partial:
 
   def small(self) -> Partial:
     """The same policy for a row of a few tokens."""
-    return dataclasses.replace(self, refresh=min(self.refresh, 3))
+    return dataclasses.replace(self, refresh=min(self.refresh, 3), widths=1, exact=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +246,8 @@ def ladder(sampler, row) -> tuple[int, ...]:
 
 
 def memory(sampler, row, prefill: int):
-  """What is remembered of a generation: {"slots": int32, slots computed per row, with the padding of the calls
-  and every guidance branch; "used": int32[B], those of the first branch that held a token}, and what `sure` is
-  made of."""
+  """What is remembered of a generation: {"slots": int32, slots computed per row, padding and all guidance
+  branches included; "used": int32[B], those of one branch that held a token}, and the last predictions."""
   B, M = row.tokens.shape[0], sampler.active.asked(sampler, row)
   used = jnp.minimum(sampler.active.start(sampler, row), prefill)
   out = {"slots": jnp.int32(prefill * sampler.branches), "used": used}
@@ -273,7 +272,9 @@ def look(sampler, a, s) -> Look:
   if sampler.policy.partial.keeps:
     sure = sure.at[rows_, slot].set(s.memory["cache"]["sure"], mode="drop")
   window = sampler.active.window(sampler, a.row)
-  length = min(window, sampler.cfg.sub_block) if sampler.cfg.sub_block else A
+  hi = jnp.minimum(a.wlo + window, a.hi) if sampler.cfg.sub_block else a.hi
+  # A document that is one unit begins with the prompt, which no window contains.
+  lo = jnp.maximum(a.wlo, first_where(eligible(a.row))) if sampler.whole else a.wlo
   return Look(
     at=at,
     use=use,
@@ -281,9 +282,9 @@ def look(sampler, a, s) -> Look:
     since=jnp.where(open_ | (done_at < 0), LONG_AGO, s.step - done_at),
     need=need,
     sure=sure,
-    lo=a.wlo,
-    hi=jnp.minimum(a.wlo + length, a.hi),
-    before=jnp.where(a.fresh & (s.unit >= a.lo), s.unit, a.wlo),
+    lo=lo,
+    hi=hi,
+    before=jnp.where(a.fresh & (s.unit >= a.lo), s.unit, lo),
     first=s.unit < a.lo,
     fresh=a.fresh,
     k=jnp.where(a.fresh, 0, s.k),
@@ -354,7 +355,7 @@ def _hide(cache, masks, entry, there, chosen):
 
 def counted(sampler, s, a, ran=True):
   """{"slots", "used"} after a call over all slots of an Ask, if it `ran`."""
-  kept, (B, A) = s.memory["cache"], a.only.shape[:2]
+  kept, A = s.memory["cache"], a.only.shape[1]
   used = (a.only[..., 1] >= 0).sum(1, dtype=jnp.int32)
   return {
     "slots": kept["slots"] + jnp.where(ran, A * sampler.branches, 0),
@@ -400,18 +401,20 @@ def drift(sampler, params, row, key, steps: int):
   Returns:
     float32[steps, B], the largest |Δ logit| over the tokens that were predicted; the last State.
   """
-  plain, prefill = without_cache(sampler), sampler.prefill_width(row)
+  prefill = sampler.prefill_width(row)
+  return jax.jit(lambda *args: scan_drift(sampler, *args, steps, prefill))(params, row, key)
+
+
+def scan_drift(sampler, params, row, key, steps: int, prefill: int):
+  """`drift`, traceable; `prefill` is the width of the first call."""
+  plain = without_cache(sampler)
   finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
 
-  @jax.jit
-  def run(params, row, key):
-    def body(s, _):
-      logits, a = sampler.logits(params, row, s)
-      want, _ = plain.logits(params, row, s.replace(caches=()))
-      off = jnp.abs(finite(logits) - finite(want)).max(-1)
-      return sampler.step(params, row, s, key), jnp.where(a.can, off, 0).max(-1)
+  def body(s, _):
+    logits, a = sampler.logits(params, row, s)
+    want, _ = plain.logits(params, row, s.replace(caches=()))
+    off = jnp.abs(finite(logits) - finite(want)).max(-1)
+    return sampler.step(params, row, s, key), jnp.where(a.can, off, 0).max(-1)
 
-    s, out = jax.lax.scan(body, sampler.start(params, row, prefill), length=steps)
-    return out, s
-
-  return run(params, row, key)
+  s, out = jax.lax.scan(body, sampler.start(params, row, prefill), length=steps)
+  return out, s

@@ -25,6 +25,13 @@ SYSTEMS = {
   "one_stream": (S.single_stream, {"quota": {"kind": "linear", "steps": 3}}, "block_exact"),
   "sub_blocks": (lambda: S.bd(6), {"quota": {"kind": "cosine", "steps": 2}, "sub_block": 3}, "block_exact"),
 }
+SYSTEMS["prefix_dlm"] = (
+  lambda: dataclasses.replace(
+    S.single_stream(), corruption={"kind": "absorb", "blocks": {"anchor": "prompt"}}
+  ),
+  {"quota": {"kind": "threshold", "tau": 0.4}},
+  "block_exact",
+)
 FAST = ("ar", "bd3", "nbdiff")
 
 
@@ -185,7 +192,8 @@ def test_block_size_one_is_the_ar_decoder():
     (S.mdm(), "block_exact", "none"),
     (S.mdm(), "causal_exact", "none"),
     (S.bd(), "causal_exact", "block_exact"),
-    (S.bd(), "prefix", "auto"),
+    (S.bd(), "prefixes", "auto"),
+    (S.ar(), "prefix", "auto"),
   ],
 )
 def test_wrong_pairings_are_refused(objective, cache, fix):

@@ -105,8 +105,13 @@ class Sampler:
       ValueError: a row that cannot be started: its first token has no predictor.
     """
     self.check(row)
-    if prefill is None:
-      prefill = self.prefill_width(row)
+    need = self.prefill_width(row)
+    if prefill is not None and prefill < need:
+      raise ValueError(
+        f"prefill is {prefill}, but the prompts of these rows put up to {need} tokens into the cache before "
+        f"the first step; give at least {need}, or leave it out"
+      )
+    prefill = need if prefill is None else min(prefill, row.tokens.shape[1])
     # On a mesh rows are spread as a training batch is, and every process gets the whole result.
     mesh = current_mesh()
     if mesh not in self._jitted:

@@ -16,6 +16,7 @@ Legend: B rows · N tokens of a row · A slots of the unit · M asked tokens · 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -338,7 +339,15 @@ def predict(sampler, params, a, s, fn, xs):
   if len(widths) == 1:
     out, now, caches = narrow(widths[0])(past)
   else:
-    out, now, caches = jax.lax.switch(index, [narrow(w) for w in widths], past)
+    # A loop of one turn or none for each width: loops update the cache in place, branches of a conditional
+    # write a copy of it.
+    zeros = lambda x: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), x)
+    carry = (*zeros(jax.eval_shape(narrow(widths[0]), past)[:2]), past)
+    once = lambda run, c: (jnp.bool_(False), *run(c[3]))
+    for i, width in enumerate(widths):
+      turn = functools.partial(once, narrow(width))
+      carry = jax.lax.while_loop(lambda c: c[0], turn, (index == i, *carry))[1:]
+    out, now, caches = carry
   return out, now, caches, jnp.asarray(widths, jnp.int32)[index], count
 
 

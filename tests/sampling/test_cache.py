@@ -212,3 +212,10 @@ def test_undecodable_objectives_are_refused():
     S.sampler(dataclasses.replace(S.ar(), masks={"full": "full"}))
   with pytest.raises(ValueError, match="BOS"):
     S.sampler(S.ar())(S.params(), S.row((1, 0, 2, 3)), jax.random.key(0))
+
+
+def test_prompts_longer_than_the_cache_are_refused():
+  with pytest.raises(ValueError, match=r"prompt 1 has 14 tokens, a row has 14; raise the length"):
+    sampling.prompt_row([[1], [2] * S.N], S.N, 4)
+  with pytest.raises(ValueError, match=r"prefill is 4, .* up to 8 tokens"):
+    S.sampler(S.bd())(S.params(), S.row(), jax.random.key(0), prefill=4)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import sampling
+from genmodels import models, sampling
 from genmodels.config import ConfigError
 from genmodels.sampling import laws, partial
 from tests.sampling import systems as S
@@ -226,3 +226,28 @@ def test_the_law_refuses_noise_under_an_exact_name():
   fields = {f.name: getattr(right, f.name) for f in dataclasses.fields(right)}
   assert laws.exact(right)
   assert not laws.exact(_AppendsNoise(**fields))
+
+
+@pytest.mark.full
+def test_the_cache_is_updated_in_place():
+  """Whatever width a step takes, no copy of the cache is made: the loop's program holds none of its shape but
+  the keys and values of the widest call itself."""
+  section = {"width": 64, "layers": 16, "num_heads": 4, "num_kv_heads": 4, "mlp": 64, "vocab": 128}
+  model = models.build({**section, "heads": {"text": {}}})
+  objective = dataclasses.replace(S.mdm(), mask_id=127)
+  plain = sampling.build({"eos": -2, "sub_block": 32, "quota": LINEAR}, objective, model)
+  policy = sampling.CachePolicy("dual", True, False, "", partial.Dual())
+  made = dataclasses.replace(plain, policy=policy)
+  row = jax.eval_shape(lambda: sampling.prompt_row([[1, 2]] * 4, 2048, 2048))
+  key, params = jax.eval_shape(lambda: jax.random.key(0)), model.abstract_params()
+  state = jax.eval_shape(lambda p, r: made.start(p, r, 0), params, row)
+
+  def loop(p, r, s, k):
+    return jax.lax.while_loop(lambda x: x.step < 5, lambda x: made.step(p, r, x, k), s)
+
+  text = jax.jit(loop, donate_argnums=2).lower(params, row, state, key).compile().as_text()
+  big = {"f32[" + ",".join(map(str, x.shape)) + "]" for x in jax.tree.leaves(state.caches) if x.ndim == 5}
+  copies = [
+    x for x in text.splitlines() if " copy(" in x and any(shape in x.split("copy(")[0] for shape in big)
+  ]
+  assert [x for x in copies if "broadcast" not in x] == []

@@ -22,7 +22,7 @@ from genmodels.config import ConfigError
 from genmodels.contracts import CLEAN, CONTEXT, TEXT, Inputs, Outputs, token_row
 from genmodels.masks import CODE_HIDDEN, AttnMask
 from genmodels.models import Cache
-from genmodels.sampling import draw, partial
+from genmodels.sampling import draw, mix, partial, remask
 from genmodels.sampling.quota import Linear
 
 N, PROMPTS = 8, (1, 2, 4)
@@ -112,12 +112,20 @@ def shrink(sampler):
   values = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler)}
   cut = not sampler.single and not sampler.whole and sampler.capacity
   cfg = dataclasses.replace(
-    sampler.cfg, eos=-2, forbid=(), guidance=1.0, sub_block=min(sampler.cfg.sub_block, 2)
+    sampler.cfg,
+    eos=-2,
+    forbid=(),
+    guidance=1.0,
+    remask="never",
+    mix="mask",
+    stop=(),
+    quota=Linear(steps=N),
+    sub_block=min(sampler.cfg.sub_block, 2),
   )
   return Small(**values | {
     "cfg": cfg, "objective": objective, "model": Probe(tuple(sampler.model.cfg.patterns)), "latent": None,
     "capacity": 4 if cut else sampler.capacity, "policy": policy, "quota": Linear(steps=N),
-    "choice": draw.Choice(temperature=0.0),
+    "choice": draw.Choice(temperature=0.0), "remask": remask.Never(), "mix": mix.Mask(), "stops": (),
   })  # fmt: skip
 
 

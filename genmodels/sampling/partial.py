@@ -372,20 +372,20 @@ def counted(sampler, s, a, ran=True):
   }
 
 
-def forward(sampler, params, s, a, keys):
+def forward(sampler, params, s, a, xs):
   """(draw.Picked of the asked tokens, caches, memory) of one step; see `Sampler.forward`."""
   kept = s.memory["cache"]
   if sampler.policy.partial.keeps:
 
-    def fn(logits, *keys):
-      return sampler.choice(logits, *keys), sampler.choice.logits(logits).max(-1)
+    def fn(logits, *xs):
+      return sampler.choice(logits, *xs), sampler.choice.logits(logits).max(-1)
 
-    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, fn, keys)
+    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, fn, xs)
     stay = lambda new, old: jnp.where(now.reshape(*now.shape, *[1] * (new.ndim - 2)), new, old)
     picked = jax.tree.map(stay, picked, kept["picked"])
     kept = kept | {"picked": picked, "sure": stay(sure, kept["sure"])}
   else:
-    picked, _, caches, width, count = predict(sampler, params, a, s, sampler.choice, keys)
+    picked, _, caches, width, count = predict(sampler, params, a, s, sampler.choice, xs)
   kept = kept | {"slots": kept["slots"] + width * sampler.branches, "used": kept["used"] + count}
   return picked, caches, kept
 

@@ -58,16 +58,19 @@ POLICIES = [partial.REGISTRY[k](**FIELDS[k]) for k in TOGETHER]
 POLICIES += [dataclasses.replace(p, refresh=1) for p in POLICIES]
 
 
-@functools.cache
-def program():
-  """index → (float32[STEPS, B] drift, last State) on the row of unequal prompts."""
-  base, params, row, key = with_policy(Any(widths=2)), S.params(), S.row(), jax.random.key(5)
+def together(policies, objective=None, sub_block=4):
+  """index → (float32[STEPS, B] drift, last State) of one of the policies, on the row of unequal prompts."""
+  base, params, row, key = with_policy(Any(), objective, sub_block), S.params(), S.row(), jax.random.key(5)
+  prefill = base.prefill_width(row)
 
   def run(index):
-    policy = dataclasses.replace(base.policy, partial=Any(widths=2, policies=tuple(POLICIES), index=index))
-    return partial.scan_drift(dataclasses.replace(base, policy=policy), params, row, key, STEPS, 0)
+    policy = dataclasses.replace(base.policy, partial=Any(widths=2, policies=tuple(policies), index=index))
+    return partial.scan_drift(dataclasses.replace(base, policy=policy), params, row, key, STEPS, prefill)
 
   return jax.jit(run)
+
+
+program = functools.cache(lambda: together(POLICIES))
 
 
 @functools.cache
@@ -84,7 +87,7 @@ def drifted(kind, fresh=False):
   return np.asarray(off), s
 
 
-KINDS = [*TOGETHER, pytest.param("logit_selective", marks=pytest.mark.slow)]
+KINDS = [*TOGETHER, pytest.param("logit_selective", marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +116,20 @@ def test_what_is_read_is_not_computed():
   """`dual` reads all that `vicinity` and `prefix` read and more."""
   used = {k: np.asarray(drifted(k)[1].memory["cache"]["used"]) for k in ("dual", "vicinity", "prefix")}
   assert (used["dual"] < used["vicinity"]).all() and (used["dual"] < used["prefix"]).all()
+
+
+@pytest.mark.slow
+def test_a_sub_block_cache_inside_an_exact_block_cache():
+  """Fast-dLLM v2: the first visit of a sub-block computes the whole block, later ones the sub-block alone. The
+  blocks behind the front stay exact: where the whole block is computed, and in the passes that store one, there
+  is no drift."""
+  run = together([partial.Dual(), partial.Dual(refresh=1)], S.bd(6, "bd3", "shift_clean_boundary"), 3)
+  (off, s), (exact, fresh) = run(0), run(1)
+  assert np.asarray(s.done).all() and np.asarray(fresh.done).all()
+  assert np.asarray(exact).max() < 1e-5
+  off = np.asarray(off)
+  assert 1e-3 < off.max() < 20 and (off < 1e-5).any(1).sum() > 4 and off[0].max() < 1e-5
+  assert (np.asarray(s.memory["cache"]["used"]) < np.asarray(fresh.memory["cache"]["used"])).all()
 
 
 @pytest.mark.slow
@@ -200,8 +217,11 @@ CASES = {
 }
 
 
+OFTEN = ("full", "prefix_dlm", "prefix_dlm_windows", "fast_dllm_v2")
+
+
 @pytest.mark.parametrize(
-  "name", [n if n in ("prefix_dlm",) else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+  "name", [pytest.param(n, marks=pytest.mark.slow if n in OFTEN else pytest.mark.full) for n in CASES]
 )
 def test_the_law_finds_out_what_is_exact(name):
   policy, objective, sub_block, want = CASES[name]

@@ -342,3 +342,9 @@ def check(sampler: Sampler) -> None:
       "what a step may read is said of one unit at a time", key="sampler.cache", value=sampler.policy.name,
       fix="active='units', or cache='auto', which is exact",
     )  # fmt: skip
+  if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
+    warnings.warn(
+      f"sampler.quota.tau={q.tau}: the score is −H, never above it, so every step commits one token; for "
+      "H < h set tau=-h",
+      stacklevel=3,
+    )

@@ -492,9 +492,9 @@ def build(sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", 
       "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
       fix="sampler.guidance=1",
     )  # fmt: skip
+  drafter = drafter.bind(sampler)
   if drafter.size < 1:
     raise ConfigError("a draft has at least one token", key="sampler.draft.size", value=drafter.size, fix="size=4")
-  drafter = drafter.bind(sampler)
   if rule == "auto":
     rule = "rejection" if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule

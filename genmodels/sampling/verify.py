@@ -106,11 +106,6 @@ def typical(p: Array, token: Array, epsilon: float, delta: float) -> Array:
   return at(p, token) > (limit[..., None] if token.ndim == p.ndim else limit)
 
 
-def leading(accept: Array) -> Array:
-  """int32[B]: how many of bool[B, K] are true before the first false."""
-  return jnp.cumprod(accept.astype(jnp.int32), axis=1).sum(1)
-
-
 # -- rules --------------------------------------------------------------------------------------------
 
 

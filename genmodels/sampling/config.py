@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import cache, draw, quota
+from genmodels.sampling import active, cache, commit, draw, quota
 from genmodels.sampling.loop import Sampler
 
 
@@ -224,6 +224,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity=capacity,
     denoises=denoises,
     policy=policy,
+    active=active.Units(),
     choice=draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(forbid))),
     quota=chosen,
+    commit=commit.Anywhere(),
   )

@@ -4,13 +4,15 @@ One step of the loop, for a row with n committed tokens (coordinates 0 … n−1
 
   draft    the drafter proposes tokens for coordinates n … n+K−1
   verify   one forward of the target over the last committed token (n−1) and the drafts, and over the masks of
-           `ahead`, if the drafter asks for them; a ≤ K drafts are accepted, one token more is drawn: n ← n+a+1
+           `ahead`, if the drafter asks for them; a ≤ K drafts are accepted, one token more is drawn: n ←
+           n+a+1
   observe  the drafter is shown what that forward computed, and may keep what it needs for the next draft
 
-Whatever a drafter proposes, an exact rule of `verify` keeps the law of the target: a bad draft costs time only.
-The one thing a drafter must be honest about is `Draft.logits`.
+Whatever a drafter proposes, an exact rule of `verify` keeps the law of the target: a bad draft costs time
+only. The one thing a drafter must be honest about is `Draft.logits`.
 
-Legend: B rows · N tokens of a row · R chains · K tokens of a chain · G masks of a group · D width · V vocabulary.
+Legend: B rows · N tokens of a row · R chains · K tokens of a chain · G masks of a group · D width · V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ class Draft:
     tokens: int32[B, K], or [B, R, K]: R chains that all start at coordinate n. A tree is the set of its paths
       from the root to the leaves.
     logits: float32 of the shape of tokens, and [V]: tokens were drawn from softmax(logits) independently of
-      what is not committed yet but the chain's own earlier tokens; chains are independent of each other. None:
-      tokens are a function of the committed ones (and of randomness that no verification reads), q is one-hot.
-    count: int32[B] or None: only the first `count` tokens of each chain are meant (adaptive lengths, n-grams that
-      were not found); None: all K. Must not depend on the tokens that were drawn, unless logits is None.
+      what is not committed yet but the chain's own earlier tokens; chains are independent of each other.
+      None: tokens are a function of the committed ones (and of randomness that no verification reads), q is
+        one-hot.
+    count: int32[B] or None: only the first `count` tokens of each chain are meant (adaptive lengths, n-grams
+      that were not found); None: all K. Must not depend on the tokens that were drawn, unless logits is None.
   """
 
   tokens: Array
@@ -105,7 +108,9 @@ class Drafter:
 
   chains = 1  # R (static)
   stochastic = False  # `Draft.logits` is given: tokens are drawn from them
-  ahead = 0  # G (static): masks of the noisy stream behind every number of accepted drafts, in the same forward
+  ahead = (
+    0  # G (static): masks of the noisy stream behind every number of accepted drafts, in the same forward
+  )
   needs_hidden = False  # drafts nothing before the first verification: the loop sets count to 0 there
   forwards = 0  # evaluations of a network of its own per draft, for reports
 

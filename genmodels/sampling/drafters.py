@@ -23,7 +23,7 @@ from genmodels.sampling.drafter import Context, Draft, Drafter, Seen
 def drawn(choice: draw.Choice, logits: Array, k0: Array, k1: Array) -> tuple[Array, Array]:
   """Tokens int32[c] of logits [c, V], and the float32[c, V] logits whose softmax they were drawn from."""
   z = choice.logits(logits)
-  return choice(logits, k0, k1)[0], choice.filtered(z) if choice.temperature > 0 else z
+  return choice(logits, k0, k1).token, choice.filtered(z) if choice.temperature > 0 else z
 
 
 def ahead_of(tokens: Array, start: Array, size: int) -> Array:
@@ -92,7 +92,8 @@ class Jacobi(Drafter):
 
 @dataclasses.dataclass(frozen=True)
 class Small(Drafter):
-  """A smaller autoregressive model over the same vocabulary (Leviathan et al. 2211.17192), with a cache of its own.
+  """A smaller autoregressive model over the same vocabulary (Leviathan et al. 2211.17192), with a cache of
+  its own.
 
   Fields:
     path: workdir of its run.
@@ -126,7 +127,9 @@ class Small(Drafter):
         fix="a run of an autoregressive config with the same tokenizer",
       )  # fmt: skip
     if self.chains < 1:
-      raise ConfigError("there is at least one chain", key="sampler.draft.chains", value=self.chains, fix="chains=1")
+      raise ConfigError(
+        "there is at least one chain", key="sampler.draft.chains", value=self.chains, fix="chains=1"
+      )
     choice = sampler.choice if self.temperature < 0 else dataclasses.replace(
       sampler.choice, temperature=self.temperature
     )  # fmt: skip
@@ -191,8 +194,8 @@ class Small(Drafter):
     (_, branch, _), more = jax.lax.scan(extend, carry, jnp.arange(K - 1))
     tokens, logits = (jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip((token, z), more))
     shape = (B, R, K) if R > 1 else (B, K)
-    # One chain's keys and values are kept, a rejected tail is cropped at the next draft. Of several chains only the
-    # committed tokens are kept.
+    # One chain's keys and values are kept, a rejected tail is cropped at the next draft. Of several chains
+    # only the committed tokens are kept.
     draft = Draft(tokens.reshape(shape), logits.reshape(*shape, -1) if self.stochastic else None)
     return draft, branch if R == 1 else kept
 
@@ -202,14 +205,15 @@ class TiDAR(Drafter):
   """The model's own diffusion stream drafts behind every possible number of accepted drafts, in the verifying
   forward (TiDAR, Liu et al. 2511.08923): one forward per step.
 
-  The slots of a step are [newest token, K drafts | group 0 | … | group K]; group j is a block of K + 1 masks that
-  begins behind j drafts, as a training block begins behind its clean prefix. Its first mask stands where the target
-  draws a token itself; the others draft the next step.
+  The slots of a step are [newest token, K drafts | group 0 | … | group K]; group j is a block of K + 1 masks
+  that begins behind j drafts, as a training block begins behind its clean prefix. Its first mask stands where
+  the target draws a token itself; the others draft the next step.
 
   Fields:
     size: K; −1: one less than the trained block.
     term: the diffusion term; "" is the only one on a noisy stream.
-    sample: draw the drafts (at the target's temperature, verified by rejection) instead of the likeliest tokens.
+    sample: draw the drafts (at the target's temperature, verified by rejection) instead of the likeliest
+      tokens.
     stream, shift, target: of the term, and the target's Sampler, filled in by `bind`.
   """
 
@@ -246,7 +250,9 @@ class TiDAR(Drafter):
         raise ConfigError("the blocks have no one size", key="sampler.draft.size", value=size, fix="size=7")
       size = int(blocks.size(0)) - 1
     if self.sample and sampler.choice.temperature == 0:
-      raise ConfigError("nothing is drawn at temperature 0", key="sampler.draft.sample", value=True, fix="sample=False")
+      raise ConfigError(
+        "nothing is drawn at temperature 0", key="sampler.draft.sample", value=True, fix="sample=False"
+      )
     term = noisy[name]
     return dataclasses.replace(
       self, size=size, term=name, stream=term.stream, shift=term.align != "same", target=sampler

@@ -24,7 +24,8 @@ from genmodels.contracts import Row
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling.config import SamplerConfig, at_step, build
-from genmodels.sampling.loop import Result, Sampler, prompt_row
+from genmodels.sampling.loop import Sampler
+from genmodels.sampling.state import Result, prompt_row
 
 
 @dataclasses.dataclass(frozen=True)

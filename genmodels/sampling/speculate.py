@@ -1,17 +1,18 @@
 """Speculative decoding of next-token models: drafts, one verifying forward, exact acceptance.
 
-A row with n committed tokens keeps the keys and values of the first n − 1. Each step runs the clean slots of the
-newest token and of the drafts through the objective's view and the causal cache, walks along the accepted drafts
-(`verify.walk`), takes one token more, and writes the slots that turned out to be committed. Rows accept different
-numbers of drafts, have prompts of any length and end at different steps; shapes are static.
+A row with n committed tokens keeps the keys and values of the first n − 1. Each step runs the clean slots of
+the newest token and of the drafts through the objective's view and the causal cache, walks along the accepted
+drafts (`verify.walk`), takes one token more, and writes the slots that turned out to be committed. Rows
+accept different numbers of drafts, have prompts of any length and end at different steps; shapes are static.
 
 Two things go beyond a plain view, and both are the training table with streams of their own:
 
-  chains   R > 1 drafts of the same coordinates. Chain 0 lies in the clean stream; each other one is a stream that
-           sees the committed clean tokens and itself as the clean stream does. What is kept enters the cache under
-           clean codes.
-  ahead    groups of masks that draft the next step in this forward (TiDAR; multi-token prediction): group j is a
-           noisy copy with its own block, which begins behind j drafts and sees the clean tokens before it.
+  chains   R > 1 drafts of the same coordinates. Chain 0 lies in the clean stream; each other one is a stream
+           that sees the committed clean tokens and itself as the clean stream does. What is kept enters the
+           cache under clean codes.
+  ahead    groups of masks that draft the next step in this forward (TiDAR; multi-token prediction): group j
+           is a noisy copy with its own block, which begins behind j drafts and sees the clean tokens before
+           it.
 
 Legend: B rows · N tokens of a row · R chains · K drafts · G masks of a group · M = 1 + R·K nodes · A slots.
 """
@@ -33,8 +34,10 @@ from genmodels.corruption.base import Corruption, eligible
 from genmodels.masks import STREAM
 from genmodels.models import write_cache
 from genmodels.sampling import draw, verify
+from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Context, Drafter, Seen
-from genmodels.sampling.loop import Result, Sampler, first_where
+from genmodels.sampling.loop import Sampler
+from genmodels.sampling.state import Result, first_where, put
 
 # What draws are for, besides those of draw.py.
 DRAFT, VERIFY = 32, 33
@@ -47,8 +50,8 @@ class Progress:
   Fields:
     tokens, committed_at: int32[B, N]. length: int32[B], n. done: bool[B].
     first: bool[B], nothing verified yet. hidden: [B, D], of the slot that predicted the newest token.
-    step: int32. calls, drafted, accepted: int32[B], forwards of the target with this row, drafts they verified
-      and accepted.
+    step: int32. calls: {"prefill", "verify": int32[B]}, forwards of the target that a row took part in.
+    drafted, accepted: int32[B], drafts that were verified and accepted.
     cache: entries of coordinates < n − 1, or None. draft: the drafter's state.
   """
 
@@ -59,30 +62,11 @@ class Progress:
   first: Array
   hidden: Array
   step: Array
-  calls: Array
+  calls: dict[str, Array]
   drafted: Array
   accepted: Array
   cache: Any
   draft: Any
-
-
-@pytree()
-class Speculated(Result):
-  """A Result with the cost by row.
-
-  Fields:
-    calls: int32[B], forwards of the target that the row took part in, without the prompt's.
-    drafted, accepted: int32[B], drafts verified and accepted.
-  """
-
-  calls: Array
-  drafted: Array
-  accepted: Array
-
-  @property
-  def tokens_per_forward(self) -> float:
-    """Tokens generated per forward of the target, over all rows."""
-    return float((self.committed_at >= 0).sum() / jnp.maximum(self.calls.sum(), 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,15 +148,17 @@ class Speculative(Sampler):
 
   # -- the public call ------------------------------------------------------------------------------
 
-  def __call__(self, params, row: Row, key: Array, prefill: int | None = None) -> Speculated:
-    """As Sampler, with a Result that counts drafts.
+  def __call__(self, params, row: Row, key: Array, prefill: int | None = None) -> Result:
+    """As Sampler; `Result.memory` has "drafted" and "accepted", int32[B], drafts verified and accepted.
 
     Raises:
       ValueError: also for given tokens behind open ones, or a first call that is too short for the prompts.
     """
     needed = self.prefill_width(row)
     if prefill is not None and prefill < needed:
-      raise ValueError(f"prefill is {prefill}; speculative decoding caches the prompts at once, at least {needed}")
+      raise ValueError(
+        f"prefill is {prefill}; speculative decoding caches the prompts at once, at least {needed}"
+      )
     return super().__call__((params, self.own), row, key, max(needed, prefill or 0))
 
   def check(self, row: Row) -> None:
@@ -180,11 +166,9 @@ class Speculative(Sampler):
     given = np.asarray(~eligible(row) & (row.doc >= 0))
     if (given[:, 1:] > given[:, :-1]).any():
       i = int((given[:, 1:] > given[:, :-1]).any(1).argmax())
-      raise ValueError(
-        f"row {i} has given tokens behind open ones; speculative decoding continues a prompt, it fills no gaps"
-      )
+      raise ValueError(f"row {i} has given tokens behind open ones; speculative decoding continues a prompt")
 
-  def run(self, params, row: Row, key: Array, prefill: int) -> Speculated:
+  def run(self, params, row: Row, key: Array, prefill: int) -> Result:
     """`__call__` without the host's part; traceable."""
     state = self.begin(params, row, prefill)
     limit = row.tokens.shape[1]
@@ -193,7 +177,7 @@ class Speculative(Sampler):
       return ~s.done.all() & (s.step < limit)
 
     s = jax.lax.while_loop(more, lambda s: self.advance(params, row, s, key), state)
-    return self.speculated(row, s, prefill)
+    return self.result(row, s)
 
   # -- the slots of a call ----------------------------------------------------------------------------
 
@@ -227,17 +211,18 @@ class Speculative(Sampler):
     K, total = tokens.shape[2], (row.doc >= 0).sum(1, dtype=jnp.int32)
     at = s.length[:, None] - 1 + call.offset
     use = (at < total[:, None]) & ~s.done[:, None]
-    # A slot is computed if the drafts before it are meant: place i of its chain, or i = j drafts of its group.
+    # A slot is computed if the drafts before it are meant: place i of its chain, or i = j drafts of its
+    # group.
     chain = np.concatenate([np.zeros(K + 1, int), np.repeat(np.arange(1, R), K)])
     chain = np.pad(chain, (0, len(call.offset) - len(chain)))
     depth = np.where(call.ahead >= 0, call.ahead, call.offset)
     use &= depth <= count[:, chain]
-    only = self.only(call.stream, at, use)
+    only = pairs(call.stream, at, use)
     at = jnp.where(use, at, -1)
     if s.cache is None:  # everything before, once more
       past = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
       behind = (past < s.length[:, None] - 1) & ~s.done[:, None]
-      only = jnp.concatenate([only, self.only(self.stream, past, behind)], 1)
+      only = jnp.concatenate([only, pairs(self.stream, past, behind)], 1)
     noise = self.objective.corruption.state(row, rows.coordinates(row.doc) < s.length[:, None])
     if self.wide is not self.objective:
       noise = self.widened(noise, row, s, tokens)
@@ -288,7 +273,7 @@ class Speculative(Sampler):
       first=jnp.ones((B,), bool),
       hidden=jnp.zeros((B, cfg.width), jnp.dtype(cfg.dtype)),
       step=jnp.int32(0),
-      calls=zero,
+      calls={"prefill": base.calls["prefill"], "verify": zero},
       drafted=zero,
       accepted=zero,
       cache=base.caches[0] if base.caches else None,
@@ -306,7 +291,9 @@ class Speculative(Sampler):
       tokens = tokens[:, None]
       logits = None if logits is None else logits[:, None]
     if tokens.shape[1:] != (R, K):
-      raise ValueError(f"{type(self.drafter).__name__} drafted {tokens.shape}, expected {R} chains of {K} tokens")
+      raise ValueError(
+        f"{type(self.drafter).__name__} drafted {tokens.shape}, expected {R} chains of {K} tokens"
+      )
     count = jnp.full((len(tokens), 1), K) if count is None else jnp.reshape(count, (len(tokens), -1))
     # Ids outside of the vocabulary end a chain: they have no embedding.
     known = jnp.cumprod((tokens >= 0) & (tokens < V), 2).sum(2)
@@ -318,19 +305,18 @@ class Speculative(Sampler):
     """One step: draft, verify, commit."""
     params, own = both
     (B, N), (R, K) = row.tokens.shape, (self.drafter.chains, self.drafter.size)
-    call, here = self.plan, jnp.arange(B)[:, None]
+    call = self.plan
     row = row.replace(tokens=s.tokens)
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     tokens, q, count, state = self.propose(both, row, s, key)
 
     ahead = s.length[:, None] + np.arange(K + 1)  # coordinates that this step may commit
-    filled = row.replace(tokens=row.tokens.at[here, jnp.where(ahead[:, :K] < N, ahead[:, :K], N)].set(
-      tokens[:, 0], mode="drop"
-    ))  # fmt: skip
+    drafts = ahead[:, :K]
+    filled = row.replace(tokens=put(s.tokens, drafts, tokens[:, 0], drafts < N))
     slots, noise, use = self.place(filled, s, tokens, count)
     inputs = self.wide.inputs(filled, noise, slots, self.latent)
     slot, can = self.nodes(filled, noise, slots, s, total)
-    out = self.forward(params, inputs, slot, can, s.cache)
+    out = self.evaluate(params, inputs, slot, can, s.cache)
     found = self.decide(row, key, out.dists[self.term], tokens, q, s.length, can)
     u = draw.uniforms(node_keys(row, key, VERIFY, ahead))
     u = jnp.stack([u] + [draw.uniforms(node_keys(row, key, VERIFY + r, ahead)) for r in range(1, R)], -1)
@@ -338,10 +324,8 @@ class Speculative(Sampler):
     went = verify.walk(found, tokens, count, u, exists)
 
     taken = went.taken & ~self.behind_eos(went.tokens)
-    target = jnp.where(taken, ahead, N)
-    put = lambda x, v: x.at[here, target].set(v, mode="drop")
     length = s.length + taken.sum(1, dtype=jnp.int32)
-    now = put(s.tokens, went.tokens)
+    now = put(s.tokens, ahead, went.tokens, taken)
     ended = (taken & (went.tokens == self.cfg.eos)).any(1) if self.cfg.eos >= 0 else jnp.zeros((B,), bool)
     done = s.done | ended | (length >= total)
     at_end = jnp.where(went.accepted == 0, 0, went.chain * K + went.accepted)
@@ -352,13 +336,13 @@ class Speculative(Sampler):
     )
     return Progress(
       tokens=now,
-      committed_at=put(s.committed_at, s.step),
+      committed_at=put(s.committed_at, ahead, s.step, taken),
       length=length,
       done=done,
       first=s.first & s.done,
       hidden=hidden,
       step=s.step + 1,
-      calls=s.calls + ~s.done,
+      calls=s.calls | {"verify": s.calls["verify"] + ~s.done},
       drafted=s.drafted + jnp.where(s.done, 0, jnp.minimum(count.max(1), total - s.length)),
       accepted=s.accepted + jnp.where(s.done, 0, jnp.minimum(went.accepted, length - s.length)),
       cache=self.keep(s.cache, out.new, call, use, went),
@@ -380,7 +364,7 @@ class Speculative(Sampler):
     can = (slot >= 0) & ~s.done[:, None]
     return jnp.where(can, slot, -1), can
 
-  def forward(self, params, inputs, slot: Array, can: Array, cache):
+  def evaluate(self, params, inputs, slot: Array, can: Array, cache):
     """The model's Outputs; a Dist for the target's term, and empty ones of other terms for `Seen.dist`."""
     weight, zero = can.astype(jnp.float32), jnp.zeros(slot.shape, jnp.int32)
     targets = {self.term: Target(self.wide.terms[self.term].head, slot, zero, weight)}
@@ -449,19 +433,18 @@ class Speculative(Sampler):
       dist=dist,
     )
 
-  def speculated(self, row: Row, s: Progress, prefill: int) -> Speculated:
+  def result(self, row: Row, s: Progress) -> Result:
     """What a state has generated so far."""
-    return Speculated(
+    return Result(
       tokens=s.tokens,
       committed_at=s.committed_at,
       level_at=jnp.zeros(s.tokens.shape, jnp.float32),
       lengths=s.length,
       done=s.done,
       steps=s.step,
-      forwards=s.step + bool(prefill),
+      forwards=s.step + s.calls["prefill"].any(),
       calls=s.calls,
-      drafted=s.drafted,
-      accepted=s.accepted,
+      memory={"drafted": s.drafted, "accepted": s.accepted},
     )
 
 
@@ -470,7 +453,9 @@ def slot_of(slot: Array, node: Array) -> Array:
   return jnp.maximum(jnp.take_along_axis(slot, node[:, None], 1)[:, 0], 0)
 
 
-def build(sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", own: Any = None) -> Speculative:
+def build(
+  sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", own: Any = None
+) -> Speculative:
   """Speculative decoding with the target of `sampler`.
 
   Args:
@@ -485,7 +470,7 @@ def build(sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", 
   if not sampler.single or term.stream != CLEAN:
     raise ConfigError(
       "drafts are verified by a next-token head on a causal clean stream; this term predicts otherwise",
-      key="sampler.term", value=sampler.term, fix="a term with stream='c', align='shift', or sampler.draft=''",
+      key="sampler.term", value=sampler.term, fix="a term with stream='c' and align='shift'",
     )  # fmt: skip
   if sampler.branches > 1:
     raise ConfigError(
@@ -494,7 +479,9 @@ def build(sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", 
     )  # fmt: skip
   drafter = drafter.bind(sampler)
   if drafter.size < 1:
-    raise ConfigError("a draft has at least one token", key="sampler.draft.size", value=drafter.size, fix="size=4")
+    raise ConfigError(
+      "a draft has at least one token", key="sampler.draft.size", value=drafter.size, fix="size=4"
+    )
   if rule == "auto":
     rule = "rejection" if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule

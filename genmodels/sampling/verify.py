@@ -1,14 +1,15 @@
 """Accepting drafts: rules that keep the target's law, and the walk along the accepted tokens.
 
-Target p, draft x ~ q. Rejection (Leviathan et al. 2211.17192; Chen et al. 2302.01318) accepts x with probability
-min(1, p(x)/q(x)) and else draws from (p − q)₊/‖(p − q)₊‖; the result has law p, and x is accepted with probability
-1 − TV(p, q). With k independent drafts, k-SEQ (SpecTr, Sun et al. 2310.15141) accepts each in turn with
-min(1, p/(ρq)); with β(ρ) = Σ min(q, p/ρ) the residual is p − min(q, p/ρ)·(1 − (1 − β)^k)/β, a distribution up to
-scale for every ρ with 1 − (1 − β)^k ≤ ρβ; the least such ρ lies in [1, k].
+Target p, draft x ~ q. Rejection (Leviathan et al. 2211.17192; Chen et al. 2302.01318) accepts x with
+probability min(1, p(x)/q(x)) and else draws from (p − q)₊/‖(p − q)₊‖; the result has law p, and x is accepted
+with probability 1 − TV(p, q). With k independent drafts, k-SEQ (SpecTr, Sun et al. 2310.15141) accepts each
+in turn with min(1, p/(ρq)); with β(ρ) = Σ min(q, p/ρ) the residual is p − min(q, p/ρ)·(1 − (1 − β)^k)/β, a
+distribution up to scale for every ρ with 1 − (1 − β)^k ≤ ρβ; the least such ρ lies in [1, k].
 
-For a draft that is no draw (q one-hot at x), rejection is: draw y ~ p, accept if y = x, take y otherwise. As `match`
-it holds for any drafts, at any temperature and token by token: what comes out is what the target draws with these
-keys, whatever was proposed. At temperature 0 that is greedy decoding.
+For a draft that is no draw (q one-hot at x), rejection is: draw y ~ p, accept if y = x, take y otherwise. As
+`match`
+it holds for any drafts, at any temperature and token by token: what comes out is what the target draws with
+these keys, whatever was proposed. At temperature 0 that is greedy decoding.
 
 The primitives work in the dtype of their arguments, over any leading dimensions; the loop passes float32.
 
@@ -73,8 +74,8 @@ def overlap(p: Array, q: Array, rho: Array) -> Array:
 def solve_rho(p: Array, q: Array, k: int, steps: int = 24) -> Array:
   """ρ [...] of k-SEQ: the root of 1 − (1 − β)^k = ρβ in [1, k], by bisection.
 
-  The upper end of the bracket is returned. It satisfies 1 − (1 − β)^k ≤ ρβ, so the law is p to rounding however
-  few steps are taken; they only cost acceptance.
+  The upper end of the bracket is returned. It satisfies 1 − (1 − β)^k ≤ ρβ, so the law is p to rounding
+  however few steps are taken; they only cost acceptance.
   """
   lo = jnp.ones(p.shape[:-1], p.dtype)
   if k == 1:
@@ -116,7 +117,8 @@ class Verdict:
   Fields:
     accept: float32[c, R, R]: [k−1, r] is the probability that the candidate of chain r is accepted when it is
       tried, if k chains are still alive.
-    token: int32[c, R+1]: [k], the token taken when none of k candidates is accepted; [0] is a draw of the target.
+    token: int32[c, R+1]: [k], the token taken when none of k candidates is accepted; [0] is a draw of the
+      target.
   """
 
   accept: Array
@@ -130,7 +132,9 @@ class Rule:
   exact = True
   needs_logits = False  # of stochastic drafts
 
-  def __call__(self, choice: draw.Choice, logits: Array, candidates: Array, q: Array | None, k0, k1) -> Verdict:
+  def __call__(
+    self, choice: draw.Choice, logits: Array, candidates: Array, q: Array | None, k0, k1
+  ) -> Verdict:
     """Verdicts of c nodes.
 
     Args:
@@ -144,14 +148,16 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Match(Rule):
-  """The target draws, a draft is accepted if it is that token: exact for any drafts, with the target's own ids."""
+  """The target draws, a draft is accepted if it is that token: exact for any drafts, with the target's own
+  ids."""
 
   def __call__(self, choice, logits, candidates, q, k0, k1):
-    token, _ = choice(logits, k0, k1)
+    token = choice(logits, k0, k1).token
     R = candidates.shape[1]
     same = (candidates == token[:, None]).astype(jnp.float32)
     return Verdict(
-      jnp.broadcast_to(same[:, None], (*same.shape[:1], R, R)), jnp.broadcast_to(token[:, None], (len(token), R + 1))
+      jnp.broadcast_to(same[:, None], (*same.shape[:1], R, R)),
+      jnp.broadcast_to(token[:, None], (len(token), R + 1)),
     )
 
 
@@ -205,7 +211,8 @@ class Walk:
   """What a verification commits.
 
   Fields:
-    tokens: int32[B, K+1], the tokens of places 0 … K; taken: bool[B, K+1], those that are committed, a prefix.
+    tokens: int32[B, K+1], the tokens of places 0 … K; taken: bool[B, K+1], those that are committed, a
+      prefix.
     accepted: int32[B], how many of them are drafts. chain: int32[B], the chain that they lie on.
   """
 
@@ -219,8 +226,8 @@ def walk(verdict: Verdict, candidates: Array, count: Array, u: Array, can: Array
   """Follows the accepted drafts from the root.
 
   At each place the live chains (those that agree with all that was accepted) are tried in turn; the first
-  accepted token is taken and keeps the chains that continue with it alive. If none is accepted, the rule's own
-  token is taken and the walk ends.
+  accepted token is taken and keeps the chains that continue with it alive. If none is accepted, the rule's
+  own token is taken and the walk ends.
 
   Args:
     verdict: of M = 1 + R·K nodes, leaves [B, M, …]: the root, then K nodes of each chain.

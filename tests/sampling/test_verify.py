@@ -114,7 +114,7 @@ def test_match_is_the_targets_own_draw():
   for temperature in (0.0, 1.0):
     choice = draw.Choice(temperature)
     found = verify.Match()(choice, z, drafts, None, k0, k1)
-    want = np.asarray(choice(z, k0, k1)[0])
+    want = np.asarray(choice(z, k0, k1).token)
     assert (np.asarray(found.token) == want[:, None]).all()
     np.testing.assert_array_equal(found.accept[:, 1], np.asarray(drafts) == want[:, None])
   assert (want != np.asarray(z.argmax(-1))).any()
@@ -128,8 +128,12 @@ def test_match_is_the_targets_own_draw():
 def test_typical_acceptance_is_not_exact():
   p = jnp.array([[0.5, 0.3, 0.2], [0.98, 0.01, 0.01]])
   every = jnp.broadcast_to(jnp.arange(3), (2, 3))
-  np.testing.assert_array_equal(verify.typical(p, every, 0.3, 0.09), [[True, True, True], [True, False, False]])
-  np.testing.assert_array_equal(verify.typical(p, every, 0.3, 10.0), [[True, False, False], [True, False, False]])
+  np.testing.assert_array_equal(
+    verify.typical(p, every, 0.3, 0.09), [[True, True, True], [True, False, False]]
+  )
+  np.testing.assert_array_equal(
+    verify.typical(p, every, 0.3, 10.0), [[True, False, False], [True, False, False]]
+  )
   assert not verify.Typical.exact and verify.Match.exact and verify.Rejection.exact
   q = np.array([0.2, 0.2, 0.6])
   got = law_of(np.asarray(verify.typical(p[:1], every[:1], 0.3, 0.09)[0], float), np.asarray(p[0]), q, 1)
@@ -167,4 +171,3 @@ def test_the_walk():
     np.testing.assert_array_equal(np.asarray(got.taken[b]), np.arange(K + 1) < len(out))
     np.testing.assert_array_equal(np.asarray(got.tokens[b, : len(out)]), out)
   assert lengths == {0, 1, 2, 3}
-

@@ -114,6 +114,18 @@ class Drafter:
   needs_hidden = False  # drafts nothing before the first verification: the loop sets count to 0 there
   forwards = 0  # evaluations of a network of its own per draft, for reports
 
+  def load(self, load: Callable | None) -> tuple[Drafter, Any]:
+    """The drafter with what its config names by path, and its own parameters or None.
+
+    Args:
+      load: workdir → (Sampler of that run, its parameters); None where nothing can be loaded.
+
+    Raises:
+      ConfigError: nothing is named, or nothing can be loaded.
+    """
+    del load
+    return self, None
+
   def bind(self, sampler) -> Drafter:
     """The drafter for a target `Sampler` (its objective, model and choice), checked against it.
 

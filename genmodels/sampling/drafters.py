@@ -115,11 +115,17 @@ class Small(Drafter):
   def forwards(self) -> int:
     return self.size
 
+  def load(self, load):
+    if not self.path or load is None:
+      raise ConfigError(
+        "the drafting model has no run", key="sampler.draft.path", value=self.path,
+        fix="sampler.draft.path=<workdir of an autoregressive run>",
+      )  # fmt: skip
+    target, params = load(self.path)
+    return dataclasses.replace(self, target=target), params
+
   def bind(self, sampler):
     small = self.target
-    if small is None:
-      raise ConfigError("the drafting model is not loaded", key="sampler.draft.path", value=self.path,
-                        fix="sampler.draft.path=<workdir of an autoregressive run>")  # fmt: skip
     if not small.single or small.model.cfg.vocab != sampler.model.cfg.vocab:
       raise ConfigError(
         f"the drafting model is no next-token model over the target's {sampler.model.cfg.vocab} ids (it has "
@@ -274,6 +280,3 @@ class TiDAR(Drafter):
     choice = self.target.choice if self.sample else dataclasses.replace(self.target.choice, temperature=0)
     token, logits = dist.map(functools.partial(drawn, choice), *draw.token_keys(seen.keys, at))
     return Draft(token, logits if self.sample else None)
-
-
-REGISTRY = {"ngram": NGram, "jacobi": Jacobi, "model": Small, "tidar": TiDAR}

@@ -485,10 +485,10 @@ def build(
   if rule == "auto":
     rule = "rejection" if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule
-  if isinstance(rule, verify.Rejection) and drafter.chains > 1 and not drafter.stochastic:
+  if isinstance(rule, verify.Rejection) and not drafter.stochastic:
     raise ConfigError(
-      "several chains that are no independent draws cannot be rejected one by one", key="sampler.verify",
-      value="rejection", fix="sampler.verify='match'",
+      "these drafts are no draws from a law that the drafter knows", key="sampler.verify", value="rejection",
+      fix="sampler.verify='match', which accepts as many of them",
     )  # fmt: skip
   groups = drafter.size + 1 if drafter.ahead else 0
   noisy = getattr(drafter, "stream", "")

@@ -2,8 +2,8 @@
 
 One forward of the denoiser over K masks behind the committed tokens gives a lattice: the likeliest M tokens
 of each place, independent of each other. A beam search from left to right picks a path that is also
-consistent in causal order, by a bigram model of the row's own committed tokens. How many tokens are proposed
-follows how many were accepted. The constants are not those of the paper, which has no public code
+consistent in causal order, by a bigram model of the row's own committed tokens. How many tokens are
+proposed follows how many were accepted. The constants are not those of the paper, which has no public code
 (unverified).
 
 Legend: B rows · N tokens of a row · K places · M tokens of a place · W beams.

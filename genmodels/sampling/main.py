@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", help="write the samples there: PNG for images, text otherwise")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument(
-    "overrides", nargs="*", help="key=value of the sampler section, or model.attention=value"
+    "overrides",
+    nargs="*",
+    help="key=value of the sampler section, or model.attention=value, model.context.factor=value",
   )
   args = parser.parse_args(argv)
 
@@ -47,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.parallel import rules
   from genmodels.sampling import run as runs
 
-  overrides = [t if t.startswith(("sampler.", "model.attention")) else f"sampler.{t}" for t in args.overrides]
+  overrides = [
+    t if t.startswith(("sampler.", "model.attention", "model.context")) else f"sampler.{t}"
+    for t in args.overrides
+  ]
   if args.length:
     overrides.append(f"sampler.length={args.length}")
   run = runs.load_run(args.workdir, args.step, overrides)

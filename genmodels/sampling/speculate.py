@@ -453,6 +453,24 @@ def slot_of(slot: Array, node: Array) -> Array:
   return jnp.maximum(jnp.take_along_axis(slot, node[:, None], 1)[:, 0], 0)
 
 
+def unadorned(sampler: Sampler) -> None:
+  """Refuses what verification does not do: guided logits, stop rules besides EOS.
+
+  Raises:
+    ConfigError: key, value, reason, fix.
+  """
+  if sampler.branches > 1:
+    raise ConfigError(
+      "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
+      fix="sampler.guidance=1, or sampler.draft=''",
+    )  # fmt: skip
+  if sampler.stops:
+    raise ConfigError(
+      "a verified row stops at its EOS only", key="sampler.stop", value=sampler.stops[0],
+      fix="sampler.stop=(), or sampler.draft=''",
+    )  # fmt: skip
+
+
 def build(
   sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", own: Any = None
 ) -> Speculative:
@@ -472,11 +490,7 @@ def build(
       "drafts are verified by a next-token head on a causal clean stream; this term predicts otherwise",
       key="sampler.term", value=sampler.term, fix="a term with stream='c' and align='shift'",
     )  # fmt: skip
-  if sampler.branches > 1:
-    raise ConfigError(
-      "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
-      fix="sampler.guidance=1",
-    )  # fmt: skip
+  unadorned(sampler)
   drafter = drafter.bind(sampler)
   if drafter.size < 1:
     raise ConfigError(

@@ -15,6 +15,8 @@ from genmodels import models, sampling
 from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, Target, token_row
 from genmodels.objectives import Objective
+from genmodels.parallel import mesh as meshes
+from genmodels.parallel import rules
 from genmodels.sampling import drafters, speculate, verify
 from genmodels.sampling.drafter import Draft, Drafter
 from tests.sampling import systems as S
@@ -119,6 +121,23 @@ def test_rows_end_at_eos():
   for b, n in enumerate(np.asarray(short.lengths)):
     np.testing.assert_array_equal(result.tokens[b, :n], short.tokens[b, :n])
     assert (np.asarray(result.committed_at)[b, n:] == -1).all()
+
+
+@pytest.mark.full
+def test_a_row_knows_no_batch():
+  """Other rows, their order and the devices change nothing."""
+  lengths = (1, 3, 6, 9, 2, 5, 7, 8)
+  target, row = S.sampler(S.ar(), temperature=1.0), S.row(lengths)
+  sampler = speculate.build(target, drafters.Jacobi(4))
+  whole = np.asarray(sampler(S.params(), row, KEY, prefill=8).tokens)
+  order = np.random.default_rng(0).permutation(8)
+  shuffled = jax.tree.map(lambda x: x[order], row)
+  np.testing.assert_array_equal(
+    np.asarray(sampler(S.params(), shuffled, KEY, prefill=8).tokens), whole[order]
+  )
+  mesh = meshes.make_mesh(meshes.MeshConfig(data=4, fsdp=2), jax.devices()[:8])
+  with rules.use_mesh(mesh):
+    np.testing.assert_array_equal(np.asarray(sampler(S.params(), row, KEY, prefill=8).tokens), whole)
 
 
 def both_caches(objective, drafter, own=None):

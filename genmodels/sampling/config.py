@@ -337,3 +337,9 @@ def check(sampler: Sampler) -> None:
       "mixtures are with the embedding of a mask, and no slot of this sampler shows one", "mix", "mix='mask'",
     )  # fmt: skip
   cfg.active.check(sampler)
+  if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
+    warnings.warn(
+      f"sampler.quota.tau={q.tau}: the score is −H, never above it, so every step commits one token; for "
+      "H < h set tau=-h",
+      stacklevel=3,
+    )

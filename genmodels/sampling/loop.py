@@ -48,7 +48,7 @@ from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.parallel import rules
 from genmodels.parallel.rules import current_mesh
-from genmodels.sampling import active, draw, mix
+from genmodels.sampling import active, draw, mix, stop
 from genmodels.sampling.quota import Unit
 from genmodels.sampling.state import (
   KINDS,
@@ -189,7 +189,8 @@ class Sampler:
 
   def named_stops(self):
     """(key, rule) of the stop rules."""
-    return [(x._config_kind, x) for x in self.stops]
+    names = {cls: kind for kind, cls in stop.REGISTRY.items()}
+    return [(names[type(x)], x) for x in self.stops]
 
   def view(self, row: Row, noise: Noise, only: Array, branch: int):
     """The objective's view; branch 1 has every condition dropped."""

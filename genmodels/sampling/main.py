@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
       "workdir": str(args.workdir), "step": run.step, "cache": sampler.policy.name,
       "steps": int(result.steps),
       "forwards": int(result.forwards), "tokens": generated, "seconds": seconds,
+      "calls": {kind: int(n.sum()) for kind, n in result.calls.items()},
+      "tokens_per_forward": float(np.asarray(result.tokens_per_forward).mean()),
       "file": str(file) if file else None,
       "samples": rows,
     }  # fmt: skip
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {file}")
   print(
     f"{len(items)} samples of step {run.step}, {generated} tokens, {int(result.steps)} steps, "
-    f"{int(result.forwards)} forwards, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
+    f"{int(result.forwards)} forwards, {float(np.asarray(result.tokens_per_forward).mean()):.2f} tokens per "
+    f"forward of a row, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
     file=sys.stderr,
   )
   return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import Array, Row
@@ -152,7 +153,11 @@ def restart(sampler, row: Row, s: State, again: Array) -> State:
   def pick(new, old):
     return jnp.where(again.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
+  # Counts of what was opened or begun anew go on: they key the draws.
+  forgotten = {k: v for k, v in sampler.memory(row).items() if k in ("top", "refined")}
+  memory = s.memory | jax.tree.map(pick, forgotten, {k: s.memory[k] for k in forgotten})
   return s.replace(
+    memory=memory,
     tokens=pick(row.tokens, s.tokens),
     committed=pick(committed, s.committed),
     committed_at=pick(-1, s.committed_at),

@@ -122,5 +122,5 @@ def test_critical_dimension_turns_once(base, dim):
   wave = lambda b: 2 * math.pi * b ** (critical / dim)
   assert wave(base) >= trained * 0.999 and wave(base * factor) == pytest.approx(length, rel=1e-6)
   assert rope.critical_factor(base, dim, trained, trained) == pytest.approx(1.0, abs=0.5)
-  cfg = models.build({**SECTION, "context": {"factor": 0.0, "original_len": 64, "length": 256}}).cfg
+  cfg = models.build({**SECTION, "context": {"factor": 0.0, "original_len": 4096, "length": 65536}}).cfg
   assert cfg.segments[0].pattern[0].rope_base > 2 * cfg.rope.base

@@ -21,6 +21,13 @@ def get_config(variant: str = ""):
       "tests/sampling/test_mix.py::test_mixture_weights",
       "tests/sampling/test_partial.py::test_computed_anew_at_every_step_it_is_exact",
     ),
-    sampler={"commit": {"kind": "hierarchical"}, "mix": {"kind": "smooth"}, "cache": {"kind": "vicinity", "around": 16}, "sub_block": 32, "quota": {"kind": "threshold", "tau": 0.9}, "temperature": 0.0},
+    sampler={
+      "commit": {"kind": "hierarchical"},
+      "mix": {"kind": "smooth"},
+      "cache": {"kind": "vicinity", "around": 16},
+      "sub_block": 32,
+      "quota": {"kind": "threshold", "tau": 0.9},
+      "temperature": 0.0,
+    },
   )
   return cfg

@@ -1,4 +1,4 @@
-"""dKV-Cache: keys and values are kept one step after their token was committed; all are computed anew every 8 steps.
+"""dKV-Cache: keys and values are kept one step after their token was committed, and refreshed every 8 steps.
 
   genmodels sample --workdir runs/llada --sampler samplers/dkv_cache
 

@@ -1,6 +1,6 @@
 """EB-Sampler: as many tokens as a budget of joint entropy allows.
 
-  genmodels sample --workdir runs/llada --sampler samplers/eb_sampler
+genmodels sample --workdir runs/llada --sampler samplers/eb_sampler
 
 
 """
@@ -16,9 +16,7 @@ def get_config(variant: str = ""):
     title="Accelerated Sampling from Masked Diffusion Models via Entropy Bounded Unmasking",
     arxiv="2505.24857",
     row=-1,
-    tests=(
-      "tests/sampling/test_plugins.py::test_entropy_budget",
-    ),
+    tests=("tests/sampling/test_plugins.py::test_entropy_budget",),
     sampler={"quota": {"kind": "entropy_budget"}, "score": {"kind": "neg_entropy"}},
   )
   return cfg

@@ -13,7 +13,8 @@ VARIANTS = ("ass",)
 def get_config(variant: str = ""):
   cfg = sections.sampler(
     "samplers/eoser",
-    title="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with Fewer Decoding Step",
+    title="Taming Masked Diffusion Language Models via Consistency Trajectory Reinforcement Learning with "
+    "Fewer Decoding Step",
     arxiv="2509.23924",
     row=258,
     tests=(

@@ -2,7 +2,8 @@
 
   genmodels sample --workdir runs/llada --sampler samplers/freecache
 
-The authors' guidance by a small AR model, which decides what is committed, is not there: tokens are committed from the left.
+The authors' guidance by a small AR model, which decides what is committed, is not there: tokens are committed
+from the left.
 """
 
 from genmodels import sections
@@ -20,6 +21,11 @@ def get_config(variant: str = ""):
       "tests/sampling/test_partial.py::test_computed_anew_at_every_step_it_is_exact",
       "tests/sampling/test_plugins.py::test_leftmost_commits_a_prefix",
     ),
-    sampler={"cache": {"kind": "free"}, "commit": {"kind": "leftmost"}, "sub_block": 32, "quota": {"kind": "threshold", "tau": 0.9}},
+    sampler={
+      "cache": {"kind": "free"},
+      "commit": {"kind": "leftmost"},
+      "sub_block": 32,
+      "quota": {"kind": "threshold", "tau": 0.9},
+    },
   )
   return cfg

@@ -16,9 +16,7 @@ def get_config(variant: str = ""):
     title="CLLMs: Consistency Large Language Models",
     arxiv="2403.00835",
     row=272,
-    tests=(
-      "tests/sampling/test_speculate.py::test_drafters_keep_the_targets_ids",
-    ),
+    tests=("tests/sampling/test_speculate.py::test_drafters_keep_the_targets_ids",),
     sampler={"draft": {"kind": "jacobi"}, "temperature": 0.0},
   )
   return cfg

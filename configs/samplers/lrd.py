@@ -1,8 +1,8 @@
-"""Latent refinement: masks show mixtures of the likeliest tokens, until the prediction has converged (coefficients unverified).
+"""Latent refinement: masks show mixtures of the likeliest tokens, until the prediction has converged.
 
   genmodels sample --workdir runs/llada --sampler samplers/lrd
 
-
+The coefficients are unverified.
 """
 
 from genmodels import sections

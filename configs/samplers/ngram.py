@@ -1,4 +1,4 @@
-"""N-gram drafts: the continuation of the longest match in the text so far, verified by the model (STAND's idea).
+"""N-gram drafts: what followed the longest match in the text so far, verified by the model (STAND's idea).
 
   genmodels sample --workdir runs/ar --sampler samplers/ngram
 

@@ -1,6 +1,6 @@
-"""Running-confidence remasking: committed tokens whose confidence was never high are masked again (MDPO's sampler).
+"""Running-confidence remasking: committed tokens that never were confident are masked again (MDPO's sampler).
 
-  genmodels sample --workdir runs/llada --sampler samplers/rcr
+genmodels sample --workdir runs/llada --sampler samplers/rcr
 
 
 """
@@ -16,9 +16,7 @@ def get_config(variant: str = ""):
     title="MDPO: Overcoming the Training-Inference Divide of Masked Diffusion Language Models",
     arxiv="2508.13148",
     row=97,
-    tests=(
-      "tests/sampling/test_stop.py::test_rcr_in_the_loop",
-    ),
+    tests=("tests/sampling/test_stop.py::test_rcr_in_the_loop",),
     sampler={"remask": {"kind": "rcr"}, "quota": {"kind": "linear", "steps": 128}, "sub_block": 0},
   )
   return cfg

@@ -16,10 +16,11 @@ def get_config(variant: str = ""):
     title="Remasking Discrete Diffusion Models with Inference-Time Scaling",
     arxiv="2503.00307",
     row=-1,
-    tests=(
-      "tests/sampling/test_plugins.py::test_remdm_keeps_the_marginal",
-    ),
-    sampler={"remask": {"kind": "remdm", "rule": "cap", "eta": 0.02}, "quota": {"kind": "ancestral", "steps": 128, "reuse": False}},
+    tests=("tests/sampling/test_plugins.py::test_remdm_keeps_the_marginal",),
+    sampler={
+      "remask": {"kind": "remdm", "rule": "cap", "eta": 0.02},
+      "quota": {"kind": "ancestral", "steps": 128, "reuse": False},
+    },
   )
   if variant:
     cfg.sampler.remask.rule = variant

@@ -1,6 +1,6 @@
 """SpecTr: several chains of a smaller model, one of them accepted (k-SEQ); the law is the model's.
 
-  genmodels sample --workdir runs/big --sampler samplers/spectr draft.path=runs/small
+genmodels sample --workdir runs/big --sampler samplers/spectr draft.path=runs/small
 
 
 """
@@ -20,6 +20,6 @@ def get_config(variant: str = ""):
       "tests/sampling/test_verify.py::test_the_law_is_the_targets",
       "tests/sampling/test_speculate.py::test_a_smaller_model_drafts",
     ),
-    sampler={"draft": {"kind": "model", "chains": 4}, "verify": {"kind": "kseq"}},
+    sampler={"draft": {"kind": "model", "chains": 4}, "verify": {"kind": "rejection"}},
   )
   return cfg

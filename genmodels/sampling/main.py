@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "overrides",
     nargs="*",
-    help="key=value of the sampler section, or model.attention=value, model.context.factor=value",
+    help="key=value of the sampler section, or model.attention=value, model.extend.factor=value",
   )
   args = parser.parse_args(argv)
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.sampling import run as runs
 
   overrides = [
-    t if t.startswith(("sampler.", "model.attention", "model.context")) else f"sampler.{t}"
+    t if t.startswith(("sampler.", "model.attention", "model.extend")) else f"sampler.{t}"
     for t in args.overrides
   ]
   if args.length:

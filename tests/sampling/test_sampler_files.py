@@ -51,7 +51,7 @@ def marked():
       yield pytest.param(ref, marks=pytest.mark.slow if cached else ())
 
 
-@pytest.mark.parametrize("ref", marked())
+@pytest.mark.parametrize("ref", list(marked()))
 def test_a_file_fits_its_systems(ref, parts):
   """Every law of the sampler holds: plug-ins fit each other and the objective, and no key is unknown."""
   cfg = config.load(ref)

@@ -28,7 +28,8 @@ class Blocks:
     size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block (in a
       schedule: at those steps).
     anchor: "document" counts blocks from the document's start, "response" from its first TEXT token
-      (blocks then also extend backwards into the prompt).
+      (blocks then also extend backwards into the prompt); "prompt" has two blocks, what is given before the
+      first TEXT token and all the rest, and excludes `size` (Prefix-DLM, LaViDa 2505.16839).
     sizes: ragged sizes of the successive blocks of every document (scales); excludes `size`.
   """
 
@@ -38,20 +39,22 @@ class Blocks:
 
   def __post_init__(self):
     object.__setattr__(self, "size", Schedule.of(self.size))
-    if self.anchor not in ("document", "response"):
-      raise ValueError(f"anchor is {self.anchor!r}; it must be 'document' or 'response'")
+    if self.anchor not in ("document", "response", "prompt"):
+      raise ValueError(f"anchor is {self.anchor!r}; it must be 'document', 'response' or 'prompt'")
+    if self.anchor == "prompt" and (self.sizes or self.size != Schedule.of(0)):
+      raise ValueError("anchor is 'prompt', which says what the blocks are; leave size and sizes unset")
     if self.sizes and self.size != Schedule.of(0):
       raise ValueError("size and sizes are both set; keep `sizes` for ragged blocks, `size` for equal ones")
 
   @property
   def whole(self) -> bool:
     """A document is one block."""
-    return self.size == Schedule.of(0) and not self.sizes
+    return self.size == Schedule.of(0) and not self.sizes and self.anchor != "prompt"
 
   @property
   def longest(self) -> int | None:
-    """Tokens of the longest block at any step; None where a document is one block."""
-    if self.whole or 0 in self.size.table and not self.sizes:
+    """Tokens of the longest block at any step; None where it can be a whole document."""
+    if self.whole or self.anchor == "prompt" or 0 in self.size.table and not self.sizes:
       return None
     return math.ceil(max(self.sizes or self.size.table))
 
@@ -65,6 +68,10 @@ class Blocks:
       return lo + jnp.asarray(edge)[block], jnp.minimum(lo + jnp.asarray(edge)[block + 1], hi)
     if self.whole:
       return lo, hi
+    if self.anchor == "prompt":
+      cut = rows.first_in_doc(lo, hi, row.role == TEXT)
+      before = rows.coordinates(lo) < cut
+      return jnp.where(before, lo, cut), jnp.where(before, cut, hi)
     size = jnp.asarray(self.size(step)).astype(jnp.int32)
     if 0 in self.size.table:
       size = jnp.where(size == 0, row.doc.shape[1], size)

@@ -119,6 +119,11 @@ def _agree(objective, model) -> None:
         "the model has no such head", key=f"objective.terms.{name}.head", value=term.head,
         fix=f"one of {', '.join(heads)}, or add it to model.heads",
       )  # fmt: skip
+  if objective.router.scales and model.cfg.moe is None:
+    raise ConfigError(
+      "the model has no experts to route to", key="objective.router",
+      value={name: s.to_json() for name, s in objective.router.scales.items()}, fix="leave it out, or set model.moe",
+    )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(

@@ -5,7 +5,7 @@ See docs/models.md.
 """
 
 from genmodels.models import lora
-from genmodels.models.accounting import attention_sizes, head_paths
+from genmodels.models.accounting import active_experts, attention_sizes, head_paths
 from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
 from genmodels.models.config import (
   Cond,
@@ -37,6 +37,7 @@ __all__ = [
   "Scaling",
   "Segment",
   "TrunkConfig",
+  "active_experts",
   "attention_sizes",
   "build",
   "count",

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 from genmodels import kernels
 from genmodels.kernels.varying import vary
 from genmodels.models import attend
-from genmodels.models.config import Moe, TrunkConfig
+from genmodels.models.config import Moe, TrunkConfig, layer_path
 from genmodels.models.layers import ACTIVATIONS, Linear, Mlp, out_std, param_init
 from genmodels.parallel.rules import BATCH_AXES
 
@@ -205,14 +205,14 @@ def _sharded(cfg: TrunkConfig, x, logits, valid, bias, stacks):
     gate, up, down = stacks
     if e:
       gathered = lambda w: None if w is None else jax.lax.all_gather(w, e, axis=0, tiled=True)
-      gate, up, down = (checkpoint_name(gathered(w), "expert_kernel") for w in (gate, up, down))
+      gate, up, down = gathered(gate), gathered(up), gathered(down)
     product = lambda x, w: kernels.grouped_matmul(x, w, sizes, cfg.expert_matmul)
     y = checkpoint_name(product(rows, up), "mlp_up")
     y = act(y) if gate is None else act(checkpoint_name(product(rows, gate), "mlp_gate")) * y
     return product(y, down)
 
-  if e:  # the gathered kernels of a layer are no activation to keep
-    keep = jax.checkpoint_policies.save_anything_except_these_names("expert_kernel")
+  if e:  # gathered kernels are no activation to keep, whatever the layer's remat says
+    keep = jax.checkpoint_policies.save_only_these_names("mlp_gate", "mlp_up")
     hidden = jax.checkpoint(hidden, policy=keep, prevent_cse=False)
 
   def local(x, logits, valid, bias, stacks):
@@ -225,12 +225,11 @@ def _sharded(cfg: TrunkConfig, x, logits, valid, bias, stacks):
     y = jax.lax.psum(y, t) if t else y
     if moe.score == "sigmoid":
       scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-    on = valid.astype(jnp.float32)
     stats = {
       "load": sizes.astype(jnp.float32)[None],
-      "score": (scores * on[:, None]).sum(0)[None],
-      "z": (jnp.square(jax.nn.logsumexp(logits, -1)) * on).sum()[None],
-      "slots": on.sum()[None],
+      "score": jnp.where(valid[:, None], scores, 0).sum(0)[None],
+      "z": jnp.where(valid, jnp.square(jax.nn.logsumexp(logits, -1)), 0).sum()[None],
+      "slots": valid.sum(dtype=jnp.float32)[None],
     }
     return y.reshape(x.shape), stats
 
@@ -253,11 +252,9 @@ def per_layer(stats, cfg: TrunkConfig) -> dict[str, Array]:
   Returns:
     {"load", "score": float32[L, E], "z", "slots": float32[L]} of the L layers with experts.
   """
-  out: dict[str, list] = {}
-  for i, segment in enumerate(cfg.segments):
-    mine = [stats[f"s{i}"][f"l{j}"] for j, spec in enumerate(segment.pattern) if spec.mlp == "moe"]
-    for name in mine[0] if mine else ():
-      # [R, positions, …] in rows of the scan is the order of the layers.
-      x = jnp.stack([m[name].sum(1) for m in mine], 1)
-      out.setdefault(name, []).append(x.reshape(-1, *x.shape[2:]))
-  return {name: jnp.concatenate(x) for name, x in out.items()}
+  rows: dict[str, list] = {}
+  for i in range(cfg.layers):
+    segment, repeat, position = layer_path(cfg, i)
+    for name, x in (stats[f"s{segment}"][f"l{position}"] or {}).items():
+      rows.setdefault(name, []).append(x[repeat])
+  return {name: jnp.stack(x).sum(1) for name, x in rows.items()}

@@ -106,7 +106,9 @@ def model_flops(
   for p in [p for p in params if "expert" in axes[p]]:
     shares = [share for pattern, share in (active or {}).items() if re.search(pattern, p)]
     if not shares:
-      raise ValueError(f"metrics: {p} is a stack of experts; `active` must say how many a slot passes through")
+      raise ValueError(
+        f"metrics: {p} is a stack of experts; `active` must say how many a slot passes through"
+      )
     size[p] = size[p] * shares[0][0] // shares[0][1]
   kind = {p: optim.role(tuple(axes[p]))[0] for p in params}
   by_head = {}

@@ -117,7 +117,9 @@ def make_train_step(
       nets = bind(fns, {**trees, "model": params}, latent, key=drop)
       sums, _, aux = objective.run(nets, row, key, step)
       if lost := sorted(set(total) - set(sums)):
-        raise ValueError(f"{type(objective).__name__}.run sums no {', '.join(lost)}: end it with self.routed(…)")
+        raise ValueError(
+          f"{type(objective).__name__}.run sums no {', '.join(lost)}: end it with self.routed(…)"
+        )
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
       source = {

@@ -121,8 +121,8 @@ def _agree(objective, model) -> None:
       )  # fmt: skip
   if objective.router.scales and model.cfg.moe is None:
     raise ConfigError(
-      "the model has no experts to route to", key="objective.router",
-      value={name: s.to_json() for name, s in objective.router.scales.items()}, fix="leave it out, or set model.moe",
+      f"the model has no experts for {', '.join(objective.router.scales)}", key="objective.router",
+      value=None, fix="leave it out, or set model.moe",
     )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:

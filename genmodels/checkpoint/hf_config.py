@@ -24,7 +24,7 @@ ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-# model_type of a config.json → layout (hf_names.LAYOUTS); DiffuLLaMA calls itself llama, its tensors tell, and
+# model_type of a config.json → layout (hf_names.LAYOUTS); DiffuLLaMA calls itself llama, its tensors tell;
 # LLaDA-MoE calls itself llada, its keys tell.
 MODEL_TYPES = {
   "llama": "llama",
@@ -49,7 +49,7 @@ MODEL_TYPES = {
 NOT_YET = {
   "qwen2_moe": "a gate on the shared expert",
   "mixtral": "its names of experts (w1, w2, w3)",
-  "llada2_moe_veomni": "experts that are stored as one tensor (split them into those of model type llada2_moe)",
+  "llada2_moe_veomni": "experts stored as one tensor (split them, as in model type llada2_moe)",
   "gemma3": "a vision tower beside the text model (text-only folders are of type gemma3_text)",
 }
 LOCAL = "local"  # mask pattern of sliding-window layers

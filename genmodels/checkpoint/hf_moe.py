@@ -15,7 +15,7 @@ LAYOUTS = ("qwen3_moe", "sdar_moe", "llada_moe", "llada2_moe")
 
 
 def refuse(hf: Mapping, key: str, accepted: tuple) -> None:
-  """ConfigError unless hf[key] is one of the accepted values, the first of which is what a missing key means."""
+  """ConfigError unless hf[key] is one of `accepted`, the first of which is what a missing key means."""
   if hf.get(key, accepted[0]) not in accepted:
     raise ConfigError(
       "this trunk does not compute it", key=key, value=hf[key], fix=f"expected one of {accepted}"
@@ -36,7 +36,11 @@ def section(hf: Mapping[str, Any], kind: str) -> dict[str, Any]:
     ):  # fmt: skip
       refuse(hf, key, accepted)
     return base | dict(mlp=hf["expert_intermediate_size"], normalise=bool(hf.get("norm_topk_prob")))
-  for key, accepted in (("score_function", ("sigmoid",)), ("norm_topk_prob", (True, None)), ("norm_head", (False,))):
+  for key, accepted in (
+    ("score_function", ("sigmoid",)),
+    ("norm_topk_prob", (True, None)),
+    ("norm_head", (False,)),
+  ):
     refuse(hf, key, accepted)
   return base | dict(
     mlp=hf["moe_intermediate_size"],

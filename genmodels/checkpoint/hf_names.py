@@ -150,8 +150,8 @@ class Entry:
 
   Fields:
     name: HF tensor name.
-    leaf: '/'-joined path of ours; row: row of the stacked leaf, None if it is not stacked; expert: of that row,
-      None where there are none.
+    leaf: '/'-joined path of ours; row: row of the stacked leaf, None if it is not stacked; expert: of that
+      row, None where there are none.
     transpose: the tensor is [out, in] (torch Linear), our kernels contract their leading dimensions.
     part: (start, stop, n): of the n output features of a fused tensor, those of this leaf; None for all.
     pad: rows of the vocabulary beyond the tensor's are zero in ours, and left out on export.

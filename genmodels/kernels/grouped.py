@@ -2,8 +2,8 @@
 
   ragged  jax.lax.ragged_dot. On TPU one kernel whose work does not depend on the number of groups; XLA:CPU
           expands it to as many dense products as there are groups.
-  blocks  a loop over blocks of rows of one group each: the work of the rows, plus at most one block per group,
-          on any backend.
+  blocks  a loop over blocks of rows of one group each: the work of the rows, plus at most one block per
+          group, on any backend.
 
 Legend: M rows · E groups · D inputs · F outputs · m rows of a block.
 """
@@ -67,7 +67,7 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, implementation: str = "auto
 
 
 def _schedule(M: int, sizes: Array):
-  """(m, int32[N] group of each block, int32[N] its first row, int32[N] the end of its group, int32 blocks)."""
+  """(m, int32[N] group of each block, its first row, the end of its group, int32 blocks in use)."""
   E = sizes.shape[0]
   m = 8
   while m < min(M // E, 512):
@@ -83,7 +83,7 @@ def _schedule(M: int, sizes: Array):
 
 
 def _product(x: Array, w: Array, sizes: Array, spec: str) -> Array:
-  """One product per block, in ascending order: what a block writes past its group, the next one overwrites."""
+  """One product per block, in ascending order: what a block writes past its group, the next overwrites."""
   M = x.shape[0]
   m, group, start, _, active = _schedule(M, sizes)
   x = jnp.pad(x, ((0, m), (0, 0)))  # a slice that reaches past the end would be moved back

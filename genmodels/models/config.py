@@ -97,7 +97,7 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Moe:
-  """A mixture of experts in place of an MLP: every slot goes through `top_k` of `experts` MLPs, none is dropped.
+  """A mixture of experts in place of an MLP: a slot goes through `top_k` of `experts` MLPs, none is dropped.
 
   Scores s = softmax or sigmoid of the router's logits, in float32. Chosen are the top_k of s (+ bias), within
   the `top_groups` best groups of experts; a group's rank is the sum of its two best. Weights are s of the
@@ -109,7 +109,7 @@ class Moe:
     score: "softmax" (Qwen3-MoE, LLaDA-MoE) or "sigmoid" (DeepSeek-V3, LLaDA2).
     normalise: divide the chosen scores by their sum (`norm_topk_prob`).
     groups, top_groups: group-limited choice (DeepSeek-V3, arXiv:2412.19437); 1 and 1 for none.
-    bias: a leaf "expert_bias" is added to the scores to choose with, never to the weights; it gets no gradient.
+    bias: a leaf "expert_bias" is added to the scores to choose with, not to the weights; it has no gradient.
     scale: factor of the routed experts' sum (`routed_scaling_factor`).
     shared: hidden size of an MLP that every slot passes through besides, 0 for none.
   """
@@ -128,12 +128,13 @@ class Moe:
   def __post_init__(self):
     if min(self.experts, self.mlp, self.groups) < 1 or self.shared < 0:
       raise ValueError(
-        f"experts={self.experts}, mlp={self.mlp}, groups={self.groups} are at least 1, shared={self.shared} at "
-        "least 0"
+        f"experts={self.experts}, mlp={self.mlp}, groups={self.groups} are at least 1, shared={self.shared} "
+        "at least 0"
       )
     if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
       raise ValueError(
-        f"groups={self.groups} must divide experts={self.experts}, and top_groups={self.top_groups} be one of them"
+        f"groups={self.groups} must divide experts={self.experts}, and top_groups={self.top_groups} lie in "
+        f"1..{self.groups}"
       )
     room = self.top_groups * (self.experts // self.groups)
     if not 1 <= self.top_k <= room:
@@ -244,8 +245,9 @@ class TrunkConfig:
   Fields:
     width: model dimension D.
     num_heads, num_kv_heads (None: num_heads), head_dim (None: width/num_heads).
-    mlp: hidden size of the MLP. moe: experts of the layers whose LayerSpec.mlp is "moe", None without any.
-    expert_matmul: their grouped product, "auto", "ragged" or "blocks", see `kernels.grouped`. activation: "silu", "gelu", "gelu_tanh". gated: SwiGLU/GeGLU form.
+    mlp: hidden size of the MLP. activation: "silu", "gelu", "gelu_tanh". gated: SwiGLU/GeGLU form.
+    moe: experts of the layers whose LayerSpec.mlp is "moe", None without any. expert_matmul: their grouped
+      product, "auto", "ragged" or "blocks", see `kernels.grouped`.
     vocab: size of the token table, 0 for none; vocab_multiple: pad it to a multiple (padded entries
       have probability 0 and no gradient).
     tables: further id tables, name → size; channel k of `Inputs.ids` indexes `channels[k]`.
@@ -378,8 +380,8 @@ class TrunkConfig:
     mixed = any(spec.mlp == "moe" for s in self.segments for spec in s.pattern)
     if mixed != (self.moe is not None):
       raise ValueError(
-        f"moe={self.moe} and {'a layer' if mixed else 'no layer'} with mlp='moe': set both (pattern=({{'mlp': "
-        "'moe'},)), or neither"
+        f"moe={self.moe} and {'a layer' if mixed else 'no layer'} with mlp='moe': set both "
+        "(pattern=({'mlp': 'moe'},)), or neither"
       )
     if mixed and (sites := sorted({"gate", "up", "down"} & set(self.bias))):
       raise ValueError(f"bias={self.bias}: experts have no biases; leave out {', '.join(sites)}")

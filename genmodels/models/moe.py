@@ -4,18 +4,18 @@
   chosen = top_k(s + bias)     within the best groups, where groups are configured
   y      = scale · Σ_chosen w_e · MLP_e(x) + MLP_shared(x),   w = s, or s over the sum of the chosen
 
-Every slot goes to its top_k experts, whatever the others chose: nothing is dropped, so a slot's output depends
-on no other slot. Empty slots (doc < 0) go to no expert and count in no statistic. (Qwen3: arXiv:2505.09388;
-DeepSeek-V3: arXiv:2412.19437; no capacity: MegaBlocks, arXiv:2211.15841.)
+Every slot goes to its top_k experts, whatever the others chose: nothing is dropped, so a slot's output
+depends on no other slot. Empty slots (doc < 0) go to no expert and count in no statistic. (Qwen3:
+arXiv:2505.09388; DeepSeek-V3: arXiv:2412.19437; no capacity: MegaBlocks, arXiv:2211.15841.)
 
 On a mesh everything after the router's product runs inside shard_map: slots stay where they are (rows over
-data × fsdp, slots over context), each device sorts its own. Expert kernels are stored split over fsdp by expert
-and over tensor by hidden unit; each layer gathers them over fsdp before use and forgets them after it, the
-backward pass gathers them again and reduce-scatters their gradients (ZeRO-3). Over tensor every device computes
-its hidden units, and the outputs are summed once per slot, not once per choice.
+data × fsdp, slots over context), each device sorts its own. Expert kernels are stored split over fsdp by
+expert and over tensor by hidden unit; each layer gathers them over fsdp before use and forgets them after it,
+the backward pass gathers them again and reduce-scatters their gradients (ZeRO-3). Over tensor every device
+computes its hidden units, and the outputs are summed once per slot, not once per choice.
 
-Legend: B rows · S slots · T slots of a device · D width · E experts · K experts of a slot · N = T·K · F hidden
-units of an expert · G groups · n devices that hold different slots.
+Legend: B rows · S slots · T slots of a device · D width · E experts · K experts of a slot · N = T·K
+· F hidden units of an expert · G groups · n devices that hold different slots.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def order_by_expert(experts: Array, count: int) -> tuple[Array, Array, Array]:
     experts: int32[N], `count` for a choice that goes nowhere.
 
   Returns:
-    (order int32[N]: sorted position → choice; inverse int32[N]: choice → sorted position; sizes int32[count]).
+    order int32[N] (sorted position → choice), inverse int32[N] (choice → sorted position), sizes int32[E].
   """
   at = jnp.arange(experts.shape[0], dtype=jnp.int32)
   ordered, order = jax.lax.sort((experts, at), num_keys=1, is_stable=True)
@@ -116,7 +116,9 @@ def _take(x: Array, index: Array) -> Array:
   return x.at[index].get(mode="promise_in_bounds")
 
 
-def mixture(x: Array, experts: Array, weights: Array, valid: Array, hidden, count: int) -> tuple[Array, Array]:
+def mixture(
+  x: Array, experts: Array, weights: Array, valid: Array, hidden, count: int
+) -> tuple[Array, Array]:
   """Σ over the chosen experts of weight · MLP(x), on one device.
 
   Args:
@@ -146,7 +148,7 @@ class MoeMlp(nn.Module):
   @nn.compact
   def __call__(self, x, ctx):
     cfg, moe = self.cfg, self.cfg.moe
-    D, E, F = cfg.width, moe.experts, moe.mlp
+    D, E = cfg.width, moe.experts
     route_ = ctx.get("route")
     router = Linear(cfg, "bsd,de->bse", (D, E), ("embed", None), dtype="float32", name="router")
     logits = router(x.astype(jnp.float32), route_)
@@ -164,7 +166,7 @@ class MoeMlp(nn.Module):
 
 
 class Experts(nn.Module):
-  """The stacked kernels in compute dtype, adapters merged in: (gate [E, D, F] or None, up, down [E, F, D])."""
+  """The stacked kernels in compute dtype, adapters merged in: gate [E, D, F] or None, up, down [E, F, D]."""
 
   cfg: TrunkConfig
 
@@ -175,8 +177,8 @@ class Experts(nn.Module):
     adapted = any("lora_a" in site for site in self.variables.get("params", {}).values())
     if route_ is not None and adapted:
       raise ValueError(
-        "adapters of experts act on every slot, but inputs.route switches them slot by slot: leave the experts "
-        "out of model.lora.targets"
+        "adapters of experts act on every slot, but inputs.route switches them slot by slot: leave the "
+        "experts out of model.lora.targets"
       )
 
     def wide(name):

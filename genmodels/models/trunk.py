@@ -119,7 +119,9 @@ class Pattern(nn.Module):
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
-      x, (new[f"l{i}"], stats[f"l{i}"]) = layer(self.cfg, spec, name=f"l{i}")(x, cache and cache[f"l{i}"], ctx)
+      x, (new[f"l{i}"], stats[f"l{i}"]) = layer(self.cfg, spec, name=f"l{i}")(
+        x, cache and cache[f"l{i}"], ctx
+      )
     return x, (None if cache is None else new, stats)
 
 

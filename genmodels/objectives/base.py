@@ -319,7 +319,7 @@ class Objective:
     return self.routed(outputs, sums, denominators, aux)
 
   def routed(self, outputs: Outputs, sums: dict, denominators: dict, aux: dict):
-    """A run's results with the router's terms and metrics; they are no ratios of sums, see objectives.router."""
+    """A run's results with the router's terms (no ratios of sums, see objectives.router) and metrics."""
     aux = aux | {"ratios": aux["ratios"] | routers.ratios(outputs)}
     return sums | self.router.sums(outputs), denominators | self.router.denominators(), aux
 

@@ -1,12 +1,14 @@
 """Losses and metrics of routers: what a mixture of experts adds to an objective.
 
-  balance  E · Σ_e f_e·P_e     f_e choices of expert e per slot, P_e its mean score: at least top_k where the
-           choice follows the scores, reached by uniform routing (Switch Transformer, arXiv:2101.03961, eq. 4–6)
+  balance  E · Σ_e f_e·P_e     f_e choices of expert e per slot, P_e its mean score: top_k where routing is
+           uniform, more where slots agree on their experts (Switch Transformer, arXiv:2101.03961, eq. 4–6).
+           No strict bound: it is top_k whatever f is if P is uniform, and below where a few sure slots face
+           many unsure ones
   z        mean of (log Σ_e exp logit_e)²   keeps logits small (ST-MoE, arXiv:2202.08906, eq. 5)
 
-A product of two means is no ratio of sums: both terms are taken over each *global micro-batch* (all devices, all
-valid slots of every stream), and averaged over the micro-batches of a step. `train.accumulate` therefore changes
-the balance term, as it must: smaller batches are asked to be balanced.
+A product of two means is no ratio of sums: both terms are taken over each *global micro-batch* (all devices,
+all valid slots of every stream), and averaged over the micro-batches of a step. `train.accumulate` therefore
+changes the balance term, as it must: smaller batches are asked to be balanced.
 
 Legend: L layers with experts · E experts.
 """
@@ -32,8 +34,8 @@ class Router:
 
   Fields:
     balance, z: λ of the term, a number or a schedule; reports stay unscaled.
-    scope: "layer" takes f and P in each layer and averages the layers' losses; "model" takes them over all layers
-      at once, as transformers' load_balancing_loss_func does, so that one layer may make up for another.
+    scope: "layer" takes f and P in each layer and averages the layers' losses; "model" takes them over all
+      layers at once, as transformers' load_balancing_loss_func does: one layer may make up for another.
   """
 
   balance: Schedule = 0.0

@@ -191,7 +191,9 @@ def shape(case, name, config=None):
     return ((H + 2 * G) * K, D)
   if "_norm" in name.replace("layernorm", "_norm") or site in ("norm", "ln_1", "ln_2", "ln_f"):
     return (K,) if site in ("q_norm", "k_norm", "query_layernorm", "key_layernorm") else (D,)
-  if site in ("embed_tokens", "word_embeddings", "wte", "lm_head") or name == "model.transformer.ff_out.weight":
+  if (
+    site in ("embed_tokens", "word_embeddings", "wte", "lm_head") or name == "model.transformer.ff_out.weight"
+  ):
     return (V, D)
   if site == "wpe":
     return (c["n_positions"], D)

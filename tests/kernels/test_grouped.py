@@ -53,7 +53,9 @@ def test_is_a_loop_over_rows(M, sizes, implementation):
 def test_rows_of_no_group_may_hold_anything():
   x = jnp.full((4, 3), jnp.nan).at[:2].set(1.0)
   for implementation in ("ragged", "blocks"):
-    y, dx, dw = value(implementation)(x, jnp.ones((2, 3, 2)), jnp.asarray([1, 1], jnp.int32), jnp.ones((4, 2)))
+    y, dx, dw = value(implementation)(
+      x, jnp.ones((2, 3, 2)), jnp.asarray([1, 1], jnp.int32), jnp.ones((4, 2))
+    )
     assert np.isfinite(y).all() and np.isfinite(dx).all() and np.isfinite(dw).all()
 
 

@@ -220,7 +220,9 @@ def test_bfloat16_routes_as_float32():
   """The router computes in float32 from float32 masters: only its input is rounded."""
   cfg, p, x, valid = layer("normalised")
   exact, stats = compiled(cfg)(p, x.astype(jnp.bfloat16).astype(jnp.float32), valid)
-  model = models.build({**cases.BASE, "layers": 1, "moe": ROUTINGS["normalised"], "dtype": "bfloat16", **EXPERTS})
+  model = models.build(
+    {**cases.BASE, "layers": 1, "moe": ROUTINGS["normalised"], "dtype": "bfloat16", **EXPERTS}
+  )
   y, rounded = compiled(model.cfg)(p, x.astype(jnp.bfloat16), valid)
   np.testing.assert_array_equal(rounded["load"], stats["load"])
   assert y.dtype == jnp.bfloat16

@@ -305,7 +305,7 @@ def test_every_config_writes_itself(case):
   assert hf_names.entries(cfg, layout)
 
 
-@pytest.mark.slow
+@pytest.mark.full  # an 8-device step: 40 s of a core
 def test_a_mixture_of_experts_from_a_folder_to_a_folder(tmp_path, capsys):
   """Import, train on as SDAR, export under its layout: the published keys, experts moved, router included."""
   src, named, _ = folders.imported(tmp_path, "qwen3_moe")

@@ -166,7 +166,7 @@ def make_train_step(
     {term: {"sum", "weight"}[sources]}. Scalars of further players stand under "<player>/…" and are 0 at steps
     at which they do not move, their work under "<player>/<network>".
   """
-  players = tuple(players) or (Player("model", ("model",), tuple(objective.terms), tx, 1, trainable),)
+  players = tuple(players) or (Player("model", ("model",), tuple(objective.scales), tx, 1, trainable),)
 
   def step_fn(state: TrainState, row: Row, key: Array) -> tuple[TrainState, dict]:
     bound = objective.bind(state.stats.get("objective", {}))
@@ -219,7 +219,7 @@ def _turn(player, objective, fns, cfg, latent, sources, trees, opt, guard, row, 
   0 where it was not.
   """
   by_name = lambda params: {player.trees[0]: params} if len(player.trees) == 1 else params
-  scales = {name: objective.terms[name].scale for name in player.terms}
+  scales = {name: objective.scales[name] for name in player.terms}
   if player.name != "model":
     dropout = jax.random.fold_in(key, zlib.crc32(player.name.encode()))
   else:
@@ -235,6 +235,10 @@ def _turn(player, objective, fns, cfg, latent, sources, trees, opt, guard, row, 
       drop = jax.random.fold_in(jax.random.fold_in(dropout, step), index)
       nets = bind(fns, {**trees, **by_name(params)}, latent, player.name, drop, player.trees)
       sums, _, aux = objective.run(nets, row, key, step)
+      if lost := sorted(set(total) - set(sums)):
+        raise ValueError(
+          f"{type(objective).__name__}.run sums no {', '.join(lost)}: end it with self.routed(…)"
+        )
       sums = {t: s for t, s in sums.items() if t in scales}
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
@@ -393,7 +397,7 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
     )  # fmt: skip
   first, known = made.pop("model", PlayerConfig()), {"model": parts.model, **parts.nets}
   named = [t for p in made.values() for t in p.terms]
-  rest = tuple(t for t in parts.objective.terms if t not in named)
+  rest = tuple(t for t in parts.objective.scales if t not in named)
   found = [
     dataclasses.replace(model, trees=first.trees or ("model",), terms=first.terms or rest, every=first.every)
   ]
@@ -420,7 +424,7 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
     held: dict[str, str] = {}
     for p in found:
       for x in getattr(p, what):
-        if x in held or (what == "terms" and x not in parts.objective.terms):
+        if x in held or (what == "terms" and x not in parts.objective.scales):
           why = f"{x!r} is {held[x]!r}'s already" if x in held else f"the objective has no term {x!r}"
           raise ConfigError(
             why, key=f"players.{p.name}.{what}", value=getattr(p, what), fix="one player each"
@@ -429,7 +433,7 @@ def players(parts: system.System, model: Player, steps: int) -> tuple[Player, ..
       if not getattr(p, what):
         raise ConfigError(
           f"a player without {what}", key=f"players.{p.name}.{what}", value=(),
-          fix=f"some of {', '.join(parts.objective.terms)}",
+          fix=f"some of {', '.join(parts.objective.scales)}",
         )  # fmt: skip
   return tuple(found)
 

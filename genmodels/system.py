@@ -145,6 +145,11 @@ def _agree(objective, model) -> None:
       raise ConfigError(
         "its head has no classes", key=f"objective.terms.{name}.measure", value=term.measure, fix="'nll'"
       )
+  if objective.router.scales and model.cfg.moe is None:
+    raise ConfigError(
+      f"the model has no experts for {', '.join(objective.router.scales)}", key="objective.router",
+      value=None, fix="leave it out, or set model.moe",
+    )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(

@@ -20,3 +20,8 @@ def head_paths(cfg: TrunkConfig) -> dict[str, str]:
   """{head: regex of the paths of the weights that a read position passes through}."""
   tied = r"^embed/tokens/"
   return {name: tied if head.tied else rf"^heads/{re.escape(name)}/" for name, head in cfg.heads}
+
+
+def active_experts(cfg: TrunkConfig) -> dict[str, tuple[int, int]]:
+  """{regex of the paths of stacked experts: (experts that a slot passes through, experts of the stack)}."""
+  return {} if cfg.moe is None else {r"/mlp/experts/": (cfg.moe.top_k, cfg.moe.experts)}

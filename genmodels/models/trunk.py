@@ -18,6 +18,7 @@ from genmodels.models import attend, heads, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
+from genmodels.models.moe import per_layer
 from genmodels.parallel import constrain
 
 
@@ -114,12 +115,14 @@ class Pattern(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, ctx):
-    new = {}
+    new, stats = {}, {}
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
-      x, new[f"l{i}"] = layer(self.cfg, spec, name=f"l{i}")(x, cache and cache[f"l{i}"], ctx)
-    return x, None if cache is None else new
+      x, (new[f"l{i}"], stats[f"l{i}"]) = layer(self.cfg, spec, name=f"l{i}")(
+        x, cache and cache[f"l{i}"], ctx
+      )
+    return x, (None if cache is None else new, stats)
 
 
 class Stack(nn.Module):
@@ -129,7 +132,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, ctx):
-    new = {}
+    new, stats = {}, {}
     for i, segment in enumerate(self.cfg.segments):
       scan = nn.scan(
         Pattern,
@@ -141,8 +144,8 @@ class Stack(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       body = scan(self.cfg, segment.pattern, name=f"s{i}")
-      x, new[f"s{i}"] = body(x, cache and cache[f"s{i}"], ctx)
-    return x, None if cache is None else new
+      x, (new[f"s{i}"], stats[f"s{i}"]) = body(x, cache and cache[f"s{i}"], ctx)
+    return x, None if cache is None else new, stats
 
 
 class Heads(nn.Module):
@@ -209,7 +212,7 @@ class Trunk(nn.Module):
     x = constrain(self._embed(inputs, tables).astype(dtype), ("batch", "seq", "act_embed"))
     ctx, work = self._context(inputs, tables, cache)
     x = dropout(self, x)
-    x, new = Stack(cfg, name="stack")(x, None if cache is None else cache.layers, ctx)
+    x, new, stats = Stack(cfg, name="stack")(x, None if cache is None else cache.layers, ctx)
     x = trunk_norm(cfg, "final_norm")(x)
     if cfg.adaln == "zero":
       shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
@@ -220,7 +223,8 @@ class Trunk(nn.Module):
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = {"code": code, "layers": new}
-    return Outputs(dists, new, work, {"hidden": x})
+    layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
+    return Outputs(dists, new, work, layers)
 
   def _embed(self, inputs: Inputs, tables):
     cfg = self.cfg
@@ -251,7 +255,7 @@ class Trunk(nn.Module):
     """What every layer of the scan reads, and the work of the call."""
     cfg = self.cfg
     B = inputs.doc.shape[0]
-    ctx = {"route": inputs.route}
+    ctx = {"route": inputs.route, "valid": inputs.doc >= 0}
     missing = [p for p in cfg.patterns if p not in inputs.masks]
     if missing:
       raise ValueError(f"layers attend under patterns {list(cfg.patterns)}, inputs.masks lacks {missing}")

@@ -59,8 +59,11 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
     DataError: what is wrong with the data on disk.
   """
   implementation, why = _attention(config.plain(cfg.model), mesh)
-  cost = objectives.layout(cfg.objective).cost
-  source = data.build(cfg.data, cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
+  layout = objectives.layout(cfg.objective)
+  section = _with_rooms(cfg.data, layout.rooms())
+  source = data.build(
+    section, layout.cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir
+  )
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
   meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
   if latent is not None:
@@ -108,6 +111,21 @@ def _with_vocabulary(section, meta, objective) -> dict:
     ):
       head["forbid"] = (objective.mask_id,)
   return section
+
+
+def _with_rooms(section, rooms: dict[str, int]):
+  """The data section with the layout's capacities: rows are packed for the slots that there are."""
+  if not rooms:
+    return section
+  section = config.plain(section)
+  given = dict(section.get("budgets") or {})
+  for name, room in rooms.items():
+    if given.get(name, room) != room:
+      raise ConfigError(
+        f"the layout has {room} slots a row for it", key=f"data.budgets.{name}", value=given[name],
+        fix=f"leave it out; objective.layout.{name}_slots says how many there are",
+      )  # fmt: skip
+  return section | {"budgets": given | rooms}
 
 
 def _agree(objective, model) -> None:

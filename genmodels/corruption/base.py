@@ -14,7 +14,7 @@ import numpy as np
 
 from genmodels import rows
 from genmodels.config import Schedule
-from genmodels.contracts import TEXT, Noise, Row
+from genmodels.contracts import CONTEXT, TEXT, Noise, Row
 from genmodels.corruption import rng
 
 Array = jax.Array
@@ -26,8 +26,9 @@ class Blocks:
 
   Fields:
     size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block.
-    anchor: "document" counts blocks from the document's start, "response" from its first TEXT token
-      (blocks then also extend backwards into the prompt).
+    anchor: "document" counts blocks from the document's start, "response" from the start of each stretch of
+      tokens that are not CONTEXT. No block then straddles such a border; those of a prompt are counted
+      backwards from the response behind it, as a decoder that is given the prompt counts them.
     sizes: ragged sizes of the successive blocks of every document (scales); excludes `size`.
   """
 
@@ -63,8 +64,11 @@ class Blocks:
     if self.whole:
       return lo, hi
     size = jnp.asarray(self.size(step)).astype(jnp.int32)
-    origin = rows.first_in_doc(lo, hi, row.role == TEXT) if self.anchor == "response" else None
-    return rows.block_bounds(lo, hi, size, origin)
+    if self.anchor == "document":
+      return rows.block_bounds(lo, hi, size)
+    given = row.role == CONTEXT
+    run_lo, run_hi = rows.runs(row.doc, given)
+    return rows.block_bounds(run_lo, run_hi, size, jnp.where(given & (run_hi < hi), run_hi, run_lo))
 
 
 def eligible(row: Row) -> Array:

@@ -497,7 +497,7 @@ def build(
 
   Args:
     section: `dict(kind="text" | "python" | "digits" | "tokenizer", …)`, or a built component of REGISTRY.
-    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
+    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P], "runs": int[P]}, mode →
       {budget: int[P]}.
     batch_size: rows of the global batch. seed: the run's.
     workdir: keeps the plan artefact (data_plan.json), checked when the run continues, and prepared data.
@@ -531,7 +531,7 @@ def _plan_file(workdir) -> str:
 
 
 def _component(name, part, *, mode=0, source=0) -> plans.Component:
-  return plans.Component(name, part.lengths, part.context, part.prefix, part.digest, mode, source)
+  return plans.Component(name, part.lengths, part.context, part.prefix, part.runs, part.digest, mode, source)
 
 
 def _plan(options: _Planned, components, cost, batch_size, seed, **kw) -> plans.Plan:

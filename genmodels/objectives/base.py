@@ -168,6 +168,12 @@ class Objective:
         f"layout.streams has {len(self.layout.noisy)} noisy copies, the corruption draws "
         f"{self.corruption.copies}; set corruption.complement=True or drop a stream"
       )
+    copied = self.layout.longest_block
+    if copied and (longest is None or longest > copied):
+      raise ConfigError(
+        f"the longest block has {longest or 'all'} tokens of a document",
+        key="layout.longest_block", value=copied, fix=f"longest_block={longest}" if longest else "copy='all'",
+      )  # fmt: skip
 
   # -- view: the one place where a slot's input, mask and read-out are made, in training and sampling --
 
@@ -268,6 +274,7 @@ class Objective:
   def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
     """The Target of one term and its denominator."""
     valid = eligible(row) & (read >= 0)
+    doc_lo, doc_hi = rows.doc_bounds(row.doc)
     copy = max(int(self.layout.copy_of()[self.layout.streams.index(term.stream)]), 0)
     scored = valid & noise.hit[:, copy] if term.on == "hit" else valid
     weight = scored.astype(jnp.float32)
@@ -278,7 +285,10 @@ class Objective:
     elif term.weight == "cart":
       shown = (row.doc >= 0) & ~noise.hit[:, copy]
       weight = weight * rows.geometric_context(row.doc, shown, term.cart_p)
-    doc_lo, doc_hi = rows.doc_bounds(row.doc)
+    if self.layout.copy_slots:
+      # The laws leave one reason for a token without a slot: a row that no packer made. Loud, not dropped.
+      lost = eligible(row) & (read < 0) & (rows.coordinates(row.doc) > doc_lo)
+      weight = jnp.where(jnp.any(lost), jnp.nan, weight)
     if term.normaliser == "answer_len":
       weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)
     documents = (rows.coordinates(row.doc) == doc_lo) & (row.doc >= 0)

@@ -61,9 +61,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   implementation, why = _attention(config.plain(cfg.model), mesh)
   layout = objectives.layout(cfg.objective)
   section = _with_rooms(cfg.data, layout.rooms())
-  source = data.build(
-    section, layout.cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir
-  )
+  options = dict(batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
+  source = data.build(section, layout.cost, **options)
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
   meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
   if latent is not None:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from genmodels import config
+from genmodels.data import chat, prepare, records, sources, tokenizers
 from genmodels.data import plan as plans
-from genmodels.data import prepare, records, sources, tokenizers
 
 Batch = dict[str, np.ndarray]
 Ranges = Sequence[tuple[int, int]]
@@ -296,6 +296,7 @@ class Python(_Planned):
   """Text that every machine has: the Python standard library, prepared on first use.
 
   Fields:
+    content: "sources", or "documentation": questions about its functions, answered by their documentation.
     path: where the prepared data lie; "" is a directory in the workdir.
     tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out.
     documents: files to take, 0 all.
@@ -306,6 +307,7 @@ class Python(_Planned):
   tokenizer: str = "byte"
   heldout: float = 0.05
   documents: int = 0
+  content: Literal["sources", "documentation"] = "sources"
 
   def __post_init__(self):
     super().__post_init__()
@@ -340,14 +342,19 @@ class Python(_Planned):
       tokenizer = (
         f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
       )
-    name = f"python-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
+    talks = self.content == "documentation"
+    kind = f"python-docs-{self.seq_len}" if talks else "python"
+    name = f"{kind}-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
       progress = prepare.Progress()
-      docs = prepare.read_python(progress, self.documents)
+      docs = chat.read_python_docs(self.documents) if talks else prepare.read_python(progress, self.documents)
+      options = {"heldout": self.heldout, "progress": progress}
+      if talks:
+        options["chat"] = chat.Encoder(chat.load("", self.tokenizer), max_length=self.seq_len)
       try:
-        prepare.prepare(docs, path, tokenizer=self.tokenizer, heldout=self.heldout, progress=progress)
+        prepare.prepare(docs, path, tokenizer=self.tokenizer, **options)
       except records.DataError:
         if not os.path.isdir(path):  # otherwise another process was faster
           raise

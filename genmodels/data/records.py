@@ -30,11 +30,7 @@ from array_record.python import array_record_module
 FORMAT = "genmodels-records-1"
 MAGIC = 0x4D47  # "GM"
 MANIFEST = "manifest.json"
-CONTEXT, TEXT, FILLER = (
-  0,
-  1,
-  2,
-)  # roles, as in genmodels.contracts (which this room cannot import: it needs jax)
+CONTEXT, TEXT, FILLER = range(3)  # roles, as in genmodels.contracts (not imported here: it needs jax)
 
 HEADER = np.dtype([
   ("magic", "<u2"), ("version", "u1"), ("width", "u1"), ("tokens", "<u4"), ("context", "<u4"),

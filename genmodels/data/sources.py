@@ -2,8 +2,8 @@
 
 Legend: P pieces asked for · T their tokens, one piece after another · A position axes · K codes per position.
 
-A source has `lengths`, `context`, `prefix`, `runs`, `digest` (what the plan needs), `side` {name: (shape, dtype,
-fill)} (tables per document, the same in every batch) and `fetch(document, start, length)`.
+A source has `lengths`, `context`, `prefix`, `runs`, `digest` (what the plan needs), `side` {name: (shape,
+dtype, fill)} (tables per document, the same in every batch) and `fetch(document, start, length)`.
 """
 
 from __future__ import annotations

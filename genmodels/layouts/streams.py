@@ -22,19 +22,19 @@ COPIES = ("all", "text", "blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-  """Each stream is a copy of the row in logical order: the clean one of all N tokens, a noisy one of those that
-  `copy` names; S = N + noisy streams · M, M = N unless `copy_slots` says less.
+  """Each stream is a copy of the row in logical order: the clean one of all N tokens, a noisy one of those
+  that `copy` names; S = N + noisy streams · M, M = N unless `copy_slots` says less.
 
-  A prompt is in the clean stream whatever the noise: copying it as well buys nothing and costs its length once
-  more for every noisy stream.
+  A prompt is in the clean stream whatever the noise: copying it as well buys nothing and costs its length
+  once more for every noisy stream.
 
   Fields:
     streams: names; "c" is the clean one, the k-th other one is noisy copy k.
-    copy: what a noisy stream holds. "all" tokens. "text": those that are not CONTEXT, packed; a noisy block is
-      then the copied part of a block, and all that comes before it is read from the clean stream. A block that
-      straddles prompt and response would leak there, since its prompt tokens see its clean response, unless
-      blocks are anchored at the response or the clean stream is causal. "blocks": every block with such a
-      token, whole; straddling blocks are then copied with their prompt tokens.
+    copy: what a noisy stream holds. "all" tokens. "text": those that are not CONTEXT, packed; a noisy block
+      is then the copied part of a block, and all that comes before it is read from the clean stream. A block
+      that straddles prompt and response would leak there, since its prompt tokens see its clean response,
+      unless blocks are anchored at the response or the clean stream is causal. "blocks": every block with
+      such a token, whole; straddling blocks are then copied with their prompt tokens.
     copy_slots: M, slots of each noisy stream; 0: N. The packer never puts more into a row than fits.
     longest_block: for "blocks", tokens of the longest block.
     placement: where slots lie on a mesh with a context axis: "none" as arranged, "zigzag", "balanced" by the
@@ -63,23 +63,17 @@ class Streams:
       raise ValueError(f"whole_blocks is {self.whole_blocks}, placement 'none'; set 'zigzag' or 'balanced'")
     if self.copy not in COPIES:
       raise ValueError(f"copy is {self.copy!r}; it must be one of {', '.join(COPIES)}")
-    if self.copy == "all" and (self.copy_slots or self.longest_block):
+    if self.copy == "all" and self.copy_slots or self.copy_slots < 0:
+      raise ValueError(f"copy_slots is {self.copy_slots}, copy {self.copy!r}; set copy='text' or 'blocks'")
+    if (self.copy == "blocks") != (self.longest_block > 0):
       raise ValueError(
-        f"copy_slots is {self.copy_slots}, longest_block {self.longest_block}, copy 'all'; set 'text'"
-      )
-    if (self.copy == "blocks") != (self.longest_block > 0) or self.copy_slots < 0:
-      raise ValueError(
-        f"copy is {self.copy!r}, longest_block {self.longest_block}, copy_slots {self.copy_slots}; 'blocks' needs "
-        "the length of the longest block, the others 0"
+        f"copy is {self.copy!r}, longest_block {self.longest_block}; 'blocks' needs the length of the "
+        "longest block, the others 0"
       )
     if self.copy != "all" and CLEAN not in self.streams:
-      raise ValueError(
-        f"copy is {self.copy!r}, streams {self.streams}: without 'c' the rest would be nowhere"
-      )
+      raise ValueError(f"copy is {self.copy!r}, streams {self.streams}: the rest would be nowhere; add 'c'")
     if self.copy != "all" and self.placement != "none":
-      raise ValueError(
-        f"copy is {self.copy!r}, placement {self.placement!r}; streams of unequal length: 'none'"
-      )
+      raise ValueError(f"placement is {self.placement!r}; streams of unequal length take 'none'")
 
   @property
   def noisy(self) -> tuple[str, ...]:
@@ -93,8 +87,8 @@ class Streams:
     """Slots that documents need, for the packer (NumPy, host).
 
     Args:
-      lengths: {"context": int array, "text": int array}, tokens by role per document, and "runs", stretches of
-        tokens that are not context (1 where absent).
+      lengths: {"context": int array, "text": int array}, tokens by role per document, and "runs", stretches
+        of tokens that are not context (1 where absent).
 
     Returns:
       {budget name: int array}; a row offers N clean tokens to the budget "clean", and to "copy" what `rooms`

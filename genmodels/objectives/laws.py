@@ -56,8 +56,9 @@ def check(objective) -> list[str]:
       opens = np.diff(_DOC[0], prepend=-1) != 0  # a document's first token may have nothing before it
       if layout.copy != "all" and (unread := asked & ~opens & (slot < 0)).any():
         raise ConfigError(
-          f"{int(unread.sum())} tokens of a symbolic row would be learnt by no slot: the one that predicts them "
-          "holds a prompt token, which is not copied", key=f"objective.terms.{name}.align", value=term.align,
+          f"{int(unread.sum())} tokens of a symbolic row would be learnt by no slot: the one that predicts "
+          "them holds a prompt token, which is not copied",
+          key=f"objective.terms.{name}.align", value=term.align,
           fix="align='shift_clean_boundary' with corruption.blocks.anchor='response', or layout.copy='all'",
         )  # fmt: skip
       targets = [(int(s), n) for n, s in enumerate(slot) if s >= 0]

@@ -98,6 +98,7 @@ class Noise:
     blk_lo, blk_hi: int32[B, N], the token's block as an interval of row coordinates.
     value: int32[B, C, N] or None, what stands at a hit token (None: the mask id).
     drop: bool[B, D] or None, conditions dropped for classifier-free guidance.
+    share: float32[B, N] or None, the part of a token that each one counts as in a loss and its denominator.
   """
 
   level: Array
@@ -109,6 +110,7 @@ class Noise:
   blk_hi: Array
   value: Array | None = None
   drop: Array | None = None
+  share: Array | None = None
 
 
 @pytree("shards", "whole_blocks")

@@ -64,7 +64,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   options = dict(batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
   source = data.build(section, layout.cost, **options)
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
-  meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
+  specials = source.meta.specials
+  meta = {"vocab": source.meta.vocab_size, "mask_id": specials["mask"], "eos": specials["eos"]}
   if latent is not None:
     meta |= latent.meta
   objective = objectives.build(cfg.objective, meta)

@@ -3,6 +3,7 @@
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.eos_unit import EosUnitAbsorb
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.subset import Subset
 
@@ -11,6 +12,7 @@ REGISTRY = {
   "absorb": Absorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
+  "eos_unit_absorb": EosUnitAbsorb,
   "input_mask": InputMask,
   "subset": Subset,
 }
@@ -21,6 +23,7 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "EosUnitAbsorb",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",

@@ -114,6 +114,11 @@ class Corruption:
     share = rows.count_in(lo, hi, hit) / jnp.maximum(rows.count_in(lo, hi, eligible(row)), 1)
     return self.noise(row, lo, hi, hit[:, None], share[:, None].astype(jnp.float32))
 
+  def trimmed(self, row: Row, key: Array, step, bound: tuple | None = None) -> Row:
+    """The row whose tokens a draw is of: here all; a corruption may leave out the ends of documents."""
+    del key, step, bound
+    return row
+
   def dropped(self, row: Row, key: Array, at, bound: tuple | None = None) -> Array | None:
     """bool[B, D]: documents whose conditions this draw drops, one draw per document; None: none are."""
     if self.drop == 0 or bound is not None:

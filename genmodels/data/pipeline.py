@@ -296,7 +296,8 @@ class Python(_Planned):
   """Text that every machine has: the Python standard library, prepared on first use.
 
   Fields:
-    content: "sources", or "documentation": questions about its functions, answered by their documentation.
+    content: "sources", or "documentation": questions about its functions, answered by their documentation,
+      which become documents as `chat` says (fields of chat.Encoder).
     path: where the prepared data lie; "" is a directory in the workdir.
     tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out.
     documents: files to take, 0 all.
@@ -308,6 +309,7 @@ class Python(_Planned):
   heldout: float = 0.05
   documents: int = 0
   content: Literal["sources", "documentation"] = "sources"
+  chat: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     super().__post_init__()
@@ -343,18 +345,20 @@ class Python(_Planned):
         f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
       )
     talks = self.content == "documentation"
-    kind = f"python-docs-{self.seq_len}" if talks else "python"
+    kind = "python"
+    if talks:
+      options = {"max_length": self.seq_len} | self.chat
+      kind = f"python-docs-{records.json_digest(options)[:8]}"
     name = f"{kind}-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
       progress = prepare.Progress()
       docs = chat.read_python_docs(self.documents) if talks else prepare.read_python(progress, self.documents)
-      options = {"heldout": self.heldout, "progress": progress}
-      if talks:
-        options["chat"] = chat.Encoder(chat.load("", self.tokenizer), max_length=self.seq_len)
+      encoder = chat.Encoder(chat.load("", self.tokenizer), **options) if talks else None
+      shared = {"heldout": self.heldout, "progress": progress, "chat": encoder}
       try:
-        prepare.prepare(docs, path, tokenizer=self.tokenizer, **options)
+        prepare.prepare(docs, path, tokenizer=self.tokenizer, **shared)
       except records.DataError:
         if not os.path.isdir(path):  # otherwise another process was faster
           raise

@@ -258,6 +258,7 @@ class Objective:
     Returns:
       (inputs, {term: Target}, {term: float32 denominator}).
     """
+    row = self.corruption.trimmed(row, key, step, bound)
     noise = self.corruption.draw(row, key, step, latent, bound)
     inputs, read = self.view(row, noise, latent=latent)
     targets, denominators = {}, {}
@@ -273,11 +274,12 @@ class Objective:
 
   def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
     """The Target of one term and its denominator."""
+    share = 1.0 if noise.share is None else noise.share
     valid = eligible(row) & (read >= 0)
     doc_lo, doc_hi = rows.doc_bounds(row.doc)
     copy = max(int(self.layout.copy_of()[self.layout.streams.index(term.stream)]), 0)
     scored = valid & noise.hit[:, copy] if term.on == "hit" else valid
-    weight = scored.astype(jnp.float32)
+    weight = scored * jnp.float32(share)
     if term.weight == "nelbo":
       weight = weight * noise.nelbo[:, copy]
     elif term.weight == "inverse_marginal":
@@ -290,11 +292,11 @@ class Objective:
       lost = eligible(row) & (read < 0) & (rows.coordinates(row.doc) > doc_lo)
       weight = jnp.where(jnp.any(lost), jnp.nan, weight)
     if term.normaliser == "answer_len":
-      weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)
+      weight = weight / jnp.maximum(rows.sum_in(doc_lo, doc_hi, valid * share), 1)
     documents = (rows.coordinates(row.doc) == doc_lo) & (row.doc >= 0)
     denominator = {
-      "all_valid": valid,
-      "masked": scored,
+      "all_valid": valid * share,
+      "masked": scored * share,
       "weight_sum": weight,
       "answer_len": documents & (rows.count_in(doc_lo, doc_hi, valid) > 0),
       "batch": documents,
@@ -435,4 +437,12 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
         key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
       )  # fmt: skip
     objective = dataclasses.replace(objective, mask_id=meta["mask_id"])
+  if getattr(objective.corruption, "eos_id", 0) < 0:
+    if not meta or meta.get("eos", -1) < 0:
+      raise ConfigError(
+        "the corruption treats EOS as a unit but nobody names its id",
+        key="objective.corruption.eos_id", value=-1, fix="set it, or use a tokenizer that has one",
+      )  # fmt: skip
+    corruption = dataclasses.replace(objective.corruption, eos_id=meta["eos"])
+    objective = dataclasses.replace(objective, corruption=corruption)
   return objective

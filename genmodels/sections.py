@@ -114,8 +114,10 @@ def sft(cfg: ml_collections.ConfigDict, tiny: bool, **chat) -> ml_collections.Co
     chat: fields of data.chat.Encoder for the tiny one's documents.
   """
   if tiny:
-    tiny_text(cfg) cfg.data = {"kind": "python", "content": "documentation", "chat": {"max_length": 192} |
-    chat, "seq_len": 256} cfg.train.steps = 80
+    tiny_text(cfg)
+    chat = {"max_length": 192} | chat
+    cfg.data = {"kind": "python", "content": "documentation", "chat": chat, "seq_len": 256}
+    cfg.train.steps = 80
   return cfg
 
 

@@ -10,7 +10,7 @@ its answer, the EOS that pad it included, then averaged over documents; 2.5e-5, 
 pairs (unverified). The paper pads to the longest of a mini-batch, which depends on who shares it; here to a
 multiple. Attention is full, so a conversation is cut into one document per answer (docs/sft.md):
 
-  genmodels prepare chats.jsonl --messages messages --out data/chat --tokenizer … \\
+  genmodels prepare chats.jsonl --messages messages --out data/chat --tokenizer …
     --learn each --block 64 --pad eos
   genmodels train --config configs/language/llada.py:sft_tiny --workdir runs/llada_sft
 """

@@ -332,6 +332,9 @@ class Objective:
 
   def bound(self, nets: Nets, row: Row, key: Array, r, R) -> tuple[Array, Array]:
     """Draw r of R of the negative log-likelihood (bound) in nats, and tokens, per document [B, D]."""
+    if self.layout.copy_slots:  # rows to evaluate need not come from a packer: room for the worst case
+      layout = dataclasses.replace(self.layout, copy_slots=0)
+      return dataclasses.replace(self, layout=layout).bound(nets, row, key, r, R)
     inputs, targets, _ = self.prepare(row, key, 0, nets.latent, bound=(r, R))
     _, aux = self.loss(nets["model"](inputs, targets), targets)
     D = row.docs.occurrence.shape[1]

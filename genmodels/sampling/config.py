@@ -191,6 +191,12 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
       "the first token of a block is predicted by a noisy slot of the block before, which decoding does not "
       "compute", key=f"objective.terms.{name}.align", value="shift", fix="align='shift_clean_boundary'",
     )  # fmt: skip
+  if cut and objective.layout.copy == "text" and blocks.anchor == "document":
+    raise ConfigError(
+      "noisy slots of the block where the answer begins read the prompt's part of it from the clean stream, "
+      "which a decoder writes in whole blocks", key="objective.layout.copy", value="text",
+      fix="corruption.blocks.anchor='response', or layout.copy='blocks'",
+    )  # fmt: skip
   if model.cfg.head(term.head).kind != "categorical":
     raise ConfigError(
       "the sampler draws ids; this head has none", key=f"objective.terms.{name}.head", value=term.head,

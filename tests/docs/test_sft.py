@@ -19,7 +19,7 @@ TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 SMALL = (
   "train.save_every=0", "train.log_every=5", "train.tensorboard=false", "eval.documents=8", "eval.draws=4",
-  "eval.every=20", "optim.lr=1e-2",
+  "eval.every=10", "optim.lr=1e-2",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
   assert "1 no messages" in out
   meta = records.read_manifest("data/chat/train")
   assert meta["meta"]["reasons"]["no messages"] == 1 and meta["documents"] > 60
-  assert run("train", *SMALL, "train.steps=40") == 0
+  assert run("train", *SMALL, "train.steps=20") == 0
   log = [json.loads(line) for line in open("runs/sdar/metrics.jsonl")]
   held = [entry["eval/bits_per_token"] for entry in log if "eval/bits_per_token" in entry]
   assert len(held) >= 2 and held[-1] < held[0]

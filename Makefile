@@ -2,6 +2,7 @@
 #
 #   make quickstart   train, convert, evaluate and sample on this machine; writes a report
 #   make test         the fast tests            make test-all    fast ones and all that CI runs, test-compat too
+#   make study-conversion   one AR model and every conversion recipe from it: figures and tables; resumes
 #   make smoke        two minutes: train, kill, resume, sample
 #   make test-compat  the `compat` subset on a newer Python and jax, where one is found
 #   make setup lint docs bench test-full clean
@@ -22,6 +23,7 @@ PYTEST  := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 # What `make test` runs. Bits are compared at XLA's full optimisation; the rest compiles twice as fast without.
 FAST   := not (slow or full or parity or aot or multiprocess)
+LONG   := (slow or parity) and not (full or aot or multiprocess)
 FAST_XLA := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 COMPAT_TESTS ?= compat and not (full or aot or multiprocess)
 # pytest's exit code 5, "no tests selected", is no failure of a group.
@@ -31,7 +33,7 @@ OR_EMPTY := || [ $$? -eq 5 ]
 NEWER := $(or $(PYTHON_COMPAT),python3.12 python3.13 python3.14 python3 \
   $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3)))
 
-.PHONY: setup quickstart smoke test test-extra test-all test-full test-compat compat-run lint docs bench clean
+.PHONY: setup quickstart study-conversion smoke test test-extra test-all test-full test-compat compat-run lint docs bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.stamp-core
@@ -39,6 +41,10 @@ setup: $(VENV)/.stamp-core
 
 quickstart: $(VENV)/.stamp-core
 	$(BIN)/genmodels quickstart $(ARGS)
+
+# One AR model, every conversion recipe from it, figures and tables; prints how long it will take, and resumes.
+study-conversion: $(VENV)/.stamp-core
+	$(BIN)/python -m genmodels.studies.conversion $(ARGS)
 
 smoke: $(VENV)/.stamp-core
 	$(BIN)/genmodels quickstart --smoke $(ARGS)
@@ -49,7 +55,8 @@ test: $(VENV)/.stamp-dev
 
 # What test-all adds to test: reference parity, long tests, own processes, TPU compiles (libtpu: one process).
 test-extra: $(VENV)/.stamp-dev $(VENV)/.stamp-parity $(VENV)/.stamp-tpu
-	$(PYTEST) -n $(WORKERS) -m "(slow or parity) and not (full or aot or multiprocess)" $(ARGS) $(OR_EMPTY)
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "$(LONG) and not strict" $(ARGS) $(OR_EMPTY)
+	$(PYTEST) -n $(WORKERS) -m "$(LONG) and strict" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "multiprocess and not full" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "aot and not (full or multiprocess)" $(ARGS) $(OR_EMPTY)
 

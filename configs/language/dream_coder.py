@@ -8,9 +8,10 @@ one answer, padded with EOS (`genmodels prepare --messages … --learn each --bl
 that end a document are masked all or none with the probability of one token, and count as one token; the run
 is cut to a random length in every draw, so that no length is learnt (docs/sft.md).
 
-Where this differs from the released trainer: it counts every EOS of a masked run in sum and normaliser; it
-cuts or pads all responses of a batch to the length of one of them, a draw per batch; and its script leaves
-the EOS unit, which the paper describes, switched off (`data.treat_eos_as_one`). Number of steps: unverified.
+The paper's own remedies for padding are random truncation and a penalty in decoding (not done here); the unit
+is an option of its released trainer (`treat_eos_as_one`, off in the script). That trainer counts every EOS of
+a masked run in sum and normaliser, and cuts or pads all responses of a batch to the length of one of them, a
+draw per batch. Number of steps: unverified.
 """
 
 from genmodels import sections

@@ -1,4 +1,4 @@
-"""The padding of a response as one unit: Dream-Coder (Xie et al., 2509.01142).
+"""The padding of a response as one unit: Dream-Coder (Xie et al., 2509.01142, and its released trainer).
 
 A response that is padded with EOS teaches a masked model mostly EOS: it floods what it generates. Here the
 run of EOS at the end of a document is masked as a whole or not at all, with the probability of one token, and

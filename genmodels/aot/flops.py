@@ -5,11 +5,10 @@
 
 Every product (dot_general) counts 2·m·n·k times how often it runs: the lengths of the scans around it, so
 layers, micro-batches and the recomputation of remat are in. Attention counts by pairs, whatever tiles an
-implementation
-visits: 2 · heads · head size for each visible pair and each product of an attention pass (two forward, five
-backward). A loop whose length is data, the output head's over chunks of positions that are asked for, runs as
-often as a batch asks. Branches of a `cond` count as the dearest one, always taken. Elementwise work, norms,
-softmax and the optimiser without products count nothing.
+implementation visits: 2 · heads · head size for each visible pair and each product of an attention pass (two
+forward, five backward). A loop whose length is data, the output head's over chunks of scored positions, runs
+as often as a batch asks. Branches of a `cond` count as the dearest one, always taken. Elementwise work,
+norms, softmax and an optimiser without products count nothing.
 
 Nothing is compiled and no array of the model is made: an 8B step is counted in seconds on a laptop.
 """

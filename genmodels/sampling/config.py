@@ -132,9 +132,11 @@ def at_step(objective, step: int, block: int = 0):
   if not block and blocks.size.is_constant:
     return objective, trained
   frozen = dataclasses.replace(blocks, size=Schedule.of(block or trained))
-  return dataclasses.replace(
-    objective, corruption=dataclasses.replace(objective.corruption, blocks=frozen)
-  ), trained
+  layout = objective.layout
+  if layout.longest_block:
+    layout = dataclasses.replace(layout, longest_block=max(layout.longest_block, block))
+  corruption = dataclasses.replace(objective.corruption, blocks=frozen)
+  return dataclasses.replace(objective, corruption=corruption, layout=layout), trained
 
 
 def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -> Sampler:

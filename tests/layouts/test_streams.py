@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import data
+from genmodels import data, sampling
 from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, FILLER, TEXT, token_row
 from genmodels.corruption.base import Blocks
@@ -18,7 +18,7 @@ from genmodels.data import prepare, records
 from genmodels.layouts import Streams
 from genmodels.objectives import Objective, laws
 from genmodels.system import _with_rooms
-from tests.objectives.test_text import KEY, MASK, loss, trunk
+from tests.objectives.test_text import KEY, MASK, loss, nets, trunk
 
 # A text behind its prompt, and a conversation of two turns whose second answer ends in fillers.
 ROLES = "C" * 7 + "T" * 9, "CCCCC" + "TTTTTT" + "CCC" + "TTTTT" + "FF"
@@ -180,3 +180,18 @@ def test_packed_rows_never_need_more_slots_than_there_are(copy, slots, tmp_path)
 def test_a_row_that_no_packer_made_is_loud():
   prepare = jax.jit(lambda r: objective("text", slots=10).prepare(r, KEY, 3)[1])
   assert np.isnan(prepare(conversations())["n"].weight).all()
+
+
+def test_evaluation_and_sampling_do_not_depend_on_the_economy():
+  """A bound needs no packer's row; a sampler may take longer blocks; what it cannot decode is refused."""
+  small = objective("blocks", "document", slots=8)
+  row = conversations()
+  one = lambda r: small.bound(nets(), r, KEY, 0, 1)[0]
+  assert np.isfinite(jax.jit(one)(row)).all()
+  other, trained = sampling.at_step(small, 0, 8)
+  assert trained == 4 and other.layout.longest_block == other.corruption.blocks.longest == 8
+  model, _ = trunk()
+  sampling.build({}, small, model)
+  sampling.build({}, objective("text"), model)
+  with pytest.raises(ConfigError, match="layout.copy"):
+    sampling.build({}, objective("text", "document", "context_causal"), model)

@@ -200,3 +200,15 @@ def test_questions_about_the_standard_library():
   assert len(talks) == 20 and talks == list(chat.read_python_docs(20))
   question, answer = talks[3].messages
   assert question["content"].startswith("What does ") and len(answer["content"]) > 15
+
+
+def test_documentation_is_data_of_every_machine(tmp_path):
+  section = {"kind": "python", "content": "documentation", "seq_len": 192, "documents": 60, "heldout": 0.2}
+  d = data.build(section | {"chat": {"block": 16, "pad": "eos"}}, batch_size=2, workdir=str(tmp_path))
+  batch = d.batch(0)
+  text = d.tokenizer.decode(batch["tokens"][0][batch["doc"][0] == 0])
+  assert text.startswith("user: What does ") and "\nassistant: " in text
+  first = batch["role"][0][batch["doc"][0] == 0]
+  assert first[0] == CONTEXT and first[-1] == TEXT and (first == TEXT).sum() % 16 == 0
+  plain = data.build(section, batch_size=2, workdir=str(tmp_path / "plain"))  # other documents, other folder
+  assert plain.plan.components[0].digest != d.plan.components[0].digest

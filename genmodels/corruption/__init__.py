@@ -5,6 +5,7 @@ from genmodels.corruption.anneal import AnnealAbsorb
 from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.eos_unit import EosUnitAbsorb
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.sampled import SampledAbsorb
 from genmodels.corruption.subset import Subset
@@ -16,6 +17,7 @@ REGISTRY = {
   "band_absorb": BandAbsorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
+  "eos_unit_absorb": EosUnitAbsorb,
   "input_mask": InputMask,
   "sampled_absorb": SampledAbsorb,
   "subset": Subset,
@@ -29,6 +31,7 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "EosUnitAbsorb",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import active, cache, commit, draw, laws, mix, partial, quota, remask, stop
+from genmodels.sampling import active, cache, commit, drafting, draw, laws, mix, partial, quota, remask, stop
 from genmodels.sampling.loop import Sampler
 
 
@@ -98,6 +98,8 @@ class SamplerConfig:
     forbid: ids never drawn, besides the mask id.
     term: the term whose head decodes; "" is the one of the likelihood.
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
+    draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
+    verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
   """
@@ -120,6 +122,8 @@ class SamplerConfig:
   forbid: tuple[int, ...] = ()
   term: str = ""
   length: int = 0
+  draft: Any = ""
+  verify: Any = "auto"
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -137,6 +141,10 @@ class SamplerConfig:
     put("score", config.build(draw.Score, section, "score"))
     section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
     put("guidance", config.build(Guidance, section, "guidance"))
+    if self.draft:
+      put("draft", drafting.drafter(self.draft))
+    if self.verify != "auto":
+      put("verify", drafting.rule(self.verify))
     if self.temperature < 0:
       raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
     if not 0 < self.top_p <= 1:
@@ -171,7 +179,7 @@ def at_step(objective, step: int, block: int = 0):
   ), trained
 
 
-def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -> Sampler:
+def build(section, objective, model, *, latent=None, meta=None, step: int = 0, load=None) -> Sampler:
   """The sampler of an objective and a model.
 
   Args:
@@ -179,6 +187,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     latent: the bound latent that the objective's view needs.
     meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
+    load: workdir → (Sampler of that run, its parameters), for drafts of another model.
 
   Raises:
     ConfigError: a setting that does not fit the objective: key, value, reason, fix.
@@ -276,7 +285,9 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     stops=cfg.stop,
   )
   check(sampler)
-  return sampler if policy.partial is None else laws.judged(sampler)
+  if policy.partial is not None:
+    sampler = laws.judged(sampler)
+  return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler
 
 
 def wants(cfg: SamplerConfig) -> tuple[tuple[str, ...], int]:

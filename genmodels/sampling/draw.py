@@ -82,7 +82,7 @@ class Score:
     distance: λ: a token d places behind the first masked one of its unit scores λd less (WeDLM: entropy + λd,
       2512.22737; .02).
     eos: γ: the score of an EOS is multiplied by γ at the start of its unit, rising linearly to 1 with the
-      share that is committed (EOSER, 2509.22738; .4, with doubling steps .01). 1: off.
+      share that is committed (EOSER, 2509.23924; .4, with doubling steps .01). 1: off.
     temperature: T > 0: tokens are ranked by score/T plus Gumbel noise, which draws them without replacement
       with probability ∝ exp(score/T) (Dream's alg_temp). Thresholds see the score itself.
   """
@@ -172,6 +172,18 @@ class Choice:
       z = z.at[..., np.array(self.forbid)].set(-jnp.inf)
     return z
 
+  def law(self, logits: Array) -> Array:
+    """float32[c, V], the distribution that tokens of logits [c, V] are drawn from: temperature and filters
+    applied, one-hot at temperature 0."""
+    z = self.logits(logits)
+    if self.temperature == 0:
+      return jax.nn.one_hot(jnp.argmax(z, -1), z.shape[-1])
+    return jax.nn.softmax(self.filtered(z), -1)
+
+  def filtered(self, z: Array) -> Array:
+    """Logits [c, V] under the temperature (above 0) and the filters."""
+    return top_p_filter(top_k_filter(z / self.temperature, self.top_k), self.top_p)
+
   def nothing(self, *shape: int) -> Picked:
     """A Picked without content."""
     return Picked(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
@@ -186,7 +198,7 @@ class Choice:
     raw = self.logits(logits)
     z = raw
     if self.temperature > 0:
-      z = top_p_filter(top_k_filter(raw / self.temperature, self.top_k), self.top_p)
+      z = self.filtered(raw)
       z = z + gumbel(k0, k1, z.shape[-1])
     token = jnp.argmax(z, -1).astype(jnp.int32)
     logp = jax.nn.log_softmax(raw, -1)

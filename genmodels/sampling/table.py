@@ -27,7 +27,7 @@ FACTS = {
   ("score", "neg_entropy"): ("Dream 2508.15487", "Σ p ln p", _SCORES),
   ("score", "random"): ("MDLM 2406.07524", "uniform, keyed by row and place", _SCORES),
   ("score", "distance"): ("WeDLM 2512.22737", "λ = 0: the score", _UNIT + "test_scores_know_the_place"),
-  ("score", "eos"): ("EOSER 2509.22738", "γ = 1: the score", _UNIT + "test_scores_know_the_place"),
+  ("score", "eos"): ("EOSER 2509.23924", "γ = 1: the score", _UNIT + "test_scores_know_the_place"),
   ("score", "temperature"): (
     "Dream 2508.15487, alg_temp",
     "order drawn ∝ exp(score/T)",
@@ -42,7 +42,7 @@ FACTS = {
   ),
   ("quota", "share"): ("Dream 2508.15487", "⌊masked·(1 − s/t)⌋", _UNIT + "test_share_is_dreams_rule"),
   ("quota", "doubling"): (
-    "ASS 2509.22738",
+    "ASS 2509.23924",
     "Σ quotas = size in ⌊log₂ size⌋ steps",
     _UNIT + "test_doubling_commits_everything_in_log_steps",
   ),

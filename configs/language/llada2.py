@@ -11,10 +11,10 @@ of two, half the slots for the same loss. `:cap` is the stage after it, at 32: t
 one clean stream, and the confidence-aware loss, the entropy of predictions that are right, times 2.
 
 The published models are mixtures of experts; the default variant is a dense trunk with the attention of the
-16B one. From the authors' published code and its pages: band, mask id 156895, learning rate 1e-5, AdamW 0.9/0.999,
-weight decay 0.1, λ = 2. Unverified: steps of each block size, batch, the order of the decay. `init.average`
-merges checkpoints of the run before (which ones is unverified). Not here: noise on mask embeddings early in
-the run (`init.mask_row="mean_noise"` sets the row), preference optimisation.
+16B one. From the authors' published code and its pages: band, mask id 156895, learning rate 1e-5, AdamW
+0.9/0.999, weight decay 0.1, λ = 2. Unverified: steps of each block size, batch, the order of the decay.
+`init.average` merges checkpoints of the run before (which ones is unverified). Not here: noise on mask
+embeddings early in the run (`init.mask_row="mean_noise"` sets the row), preference optimisation.
 """
 
 from genmodels import sections

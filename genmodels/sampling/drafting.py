@@ -14,11 +14,11 @@ from genmodels.sampling.loop import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Drafter):
-  """No drafts: what a config says with `draft.kind=none` where another one names a drafter."""
+  """No drafts: what a config says with `draft.kind=plain` where another one names a drafter."""
 
 
 DRAFTERS = {
-  "none": Plain,
+  "plain": Plain,
   "ngram": drafters.NGram,
   "jacobi": drafters.Jacobi,
   "model": drafters.Small,

@@ -106,7 +106,7 @@ def test_speculation_by_config(tmp_path, capsys):
   args = ["--workdir", str(tmp_path), "--prompt", "def ", "--prompt", "", "--length", "24", "--json"]
   rows, forwards = {}, {}
   for name, draft in {
-    "plain": ["draft.kind=none"],
+    "plain": ["draft.kind=plain"],
     "tidar": [],
     "ngram": ["draft.kind=ngram"],
     "model": ["draft.kind=model", f"draft.path={tmp_path}", "draft.size=3"],

@@ -262,8 +262,13 @@ class Objective:
         # No noise reaches the clean stream: its cross-entropy is the likelihood, whatever a noisy copy drew.
         weight = "one" if term.stream == CLEAN else "nelbo"
         term = dataclasses.replace(term, weight=weight, normaliser="all_valid")
-      targets[name], denominators[name] = self.target(row, noise, read[name], term)
+      targets[name], denominators[name] = self.target(self.of_term(row, name), noise, read[name], term)
     return inputs, targets, denominators
+
+  def of_term(self, row: Row, name: str) -> Row:
+    """The row with what the term never asks given (CONTEXT): here the row as it is."""
+    del name
+    return row
 
   def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
     """The Target of one term and its denominator."""
@@ -356,12 +361,14 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
 
   return {
     "tokens": Objective,
     "block_distill": BlockDistill,
+    "esoteric": Esoteric,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,

@@ -6,6 +6,7 @@ from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.subset import Subset
+from genmodels.corruption.uniform import Uniform
 
 REGISTRY = {
   "clean": Clean,
@@ -15,6 +16,7 @@ REGISTRY = {
   "input_mask": InputMask,
   "subset": Subset,
   "hybrid": Hybrid,
+  "uniform": Uniform,
 }
 
 __all__ = [
@@ -28,4 +30,5 @@ __all__ = [
   "MonotoneAbsorb",
   "PositionAbsorb",
   "Subset",
+  "Uniform",
 ]

@@ -86,6 +86,7 @@ class Corruption:
   drop: float = 0.0
 
   copies = 1  # noisy copies drawn per token
+  absorbing = True  # a hit token shows the mask id
 
   def __post_init__(self):
     if not 0 <= self.drop <= 1:

@@ -1,16 +1,16 @@
 """Part of a document by diffusion, the rest one token after another: Esoteric language models.
 
-Sahoo et al., "Esoteric Language Models", 2506.01928. A token is kept with probability α_t = α₀(1 − t), so that
-a share 1 − α₀ is still masked at t = 0 and left to a left-to-right model that sees what diffusion has made:
+Sahoo et al., "Esoteric Language Models", 2506.01928. A token is kept with probability α_t = α₀(1 − t), so
+that a share 1 − α₀ is still masked at t = 0 and left to a left-to-right model that sees what diffusion made:
 
-  −log p(x) ≤ E_{z₀} Σ_{i masked} −log p(x_i | z₀, x_{<i})  +  ∫₀¹ α₀/(1 − α_t) E_{z_t} Σ_{i masked} CE_i(z_t) dt.
+  −log p(x) ≤ E_{z₀} Σ_{i masked} −log p(x_i | z₀, x_{<i}) + ∫₀¹ α₀/(1−α_t) E_{z_t} Σ_{i masked} CE_i(z_t) dt.
 
 A training document takes part in one of the two sums, by its mode. With K tokens of n left to the sequential
 part, the integral is the mean over m = K+1 … n masked tokens of (n − K)/m Σ CE_i.
 
 Both parts share one geometry. Generation ranks put the given tokens first, then the shown ones in random
 order, then the masked ones: at random (diffusion) or in text order (sequential). Blocks are intervals of
-*ranks*: what is shown is one block, what diffusion has masked is one, each token of the sequential part is one.
+*ranks*: what is shown is a block, what diffusion has masked is one, each token of the sequential part is one.
 
 Legend: B rows · N clean tokens · n tokens of a document that are predicted.
 """
@@ -85,7 +85,7 @@ class Hybrid(Corruption):
     ok, sequential = eligible(row), self.sequential(row)
     lo, hi = rows.doc_bounds(row.doc)
     n = rows.count_in(lo, hi, ok)
-    t = self.levels(row, key, at, bound)
+    t = rng.doc_level(row, key, at, self.time, bound)
     u = rng.token_uniform(row, key, at, copy, rng.WHICH)
     left = self.left(u, lo, hi, ok, n)
     if self.count == "exact" or bound is not None:
@@ -102,15 +102,6 @@ class Hybrid(Corruption):
     nelbo = jnp.where(sequential, 1.0, weight)
     t = jnp.where(sequential, 0.0, t)
     return self.assemble(row, hit, sequential, order, t, marginal, nelbo)
-
-  def levels(self, row: Row, key: Array, at, bound) -> Array:
-    """t float32[B, N] of each token's document, in (0, 1]."""
-    u = rng.doc_uniform(row, key, at, 0, rng.LEVEL)
-    if bound is not None:
-      u = (bound[0] + u) / bound[1]
-    elif self.time == "stratified":
-      u = (row.docs.rank[..., 0] + u) / jnp.maximum(row.docs.rank[..., 1], 1)
-    return rows.of_doc(row.doc, u)
 
   def left(self, u: Array, lo: Array, hi: Array, ok: Array, n: Array) -> Array:
     """K int32[B, N], tokens of the document that the sequential part fills."""

@@ -364,6 +364,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
+  from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
     "tokens": Objective,
@@ -372,6 +373,9 @@ def registry() -> dict[str, type]:
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,
+    "uniform": UniformDiffusion,
+    "unrolled": Unrolled,
+    "canvas": Canvas,
   }
 
 
@@ -425,11 +429,29 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
     ConfigError: unknown key, wrong type, or a broken law, with key, value, reason and fix.
   """
   objective = config.build_kind(_registry_for(section), section, "objective")
-  if objective.mask_id < 0 and objective.layout.noisy:
+  absorbing = getattr(objective.corruption, "absorbing", True)
+  if objective.mask_id < 0 and objective.layout.noisy and (absorbing or (meta or {}).get("mask_id", -1) >= 0):
     if not meta or meta.get("mask_id", -1) < 0:
       raise ConfigError(
         "the layout has a noisy stream but nobody names a mask id",
         key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
       )  # fmt: skip
     objective = dataclasses.replace(objective, mask_id=meta["mask_id"])
+  if not absorbing:
+    objective = _with_states(objective, meta or {})
   return objective
+
+
+def _with_states(objective: Objective, meta) -> Objective:
+  """The objective with the ids that its corruption draws from: the data's vocabulary but the mask id."""
+  c = objective.corruption
+  vocab = meta.get("vocab", -1) if c.vocab < 0 else c.vocab
+  if vocab < 1:
+    raise ConfigError(
+      "random tokens are drawn from a vocabulary that nobody names",
+      key="objective.corruption.vocab", value=c.vocab, fix="set it, or use data with a tokenizer",
+    )  # fmt: skip
+  never = set(c.exclude) | ({objective.mask_id} if 0 <= objective.mask_id < vocab else set())
+  return dataclasses.replace(
+    objective, corruption=dataclasses.replace(c, vocab=vocab, exclude=tuple(sorted(never)))
+  )

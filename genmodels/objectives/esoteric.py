@@ -1,8 +1,8 @@
 """Two sums over one geometry: diffusion, then left to right (Esoteric language models).
 
-Sahoo et al., "Esoteric Language Models", 2506.01928. The corruption (`corruption.hybrid`) decides which of the
-sums a document takes part in; each one is averaged over the tokens of its own documents, so that their sum
-is the bound per token whatever the split.
+Sahoo et al., "Esoteric Language Models", 2506.01928. The corruption (`corruption.hybrid`) decides which of
+the sums a document takes part in; each one is averaged over the tokens of its own documents, so that their
+sum is the bound per token whatever the split.
 
 Legend: B rows · N clean tokens · D documents.
 """

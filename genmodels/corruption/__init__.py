@@ -3,6 +3,7 @@
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.delete import Delete
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.subset import Subset
@@ -16,6 +17,7 @@ REGISTRY = {
   "input_mask": InputMask,
   "subset": Subset,
   "hybrid": Hybrid,
+  "delete": Delete,
   "uniform": Uniform,
 }
 
@@ -25,6 +27,7 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "Delete",
   "Hybrid",
   "InputMask",
   "MonotoneAbsorb",

@@ -364,6 +364,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
+  from genmodels.objectives.insertion import Insertion
   from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
@@ -376,6 +377,7 @@ def registry() -> dict[str, type]:
     "uniform": UniformDiffusion,
     "unrolled": Unrolled,
     "canvas": Canvas,
+    "insertion": Insertion,
   }
 
 
@@ -437,7 +439,7 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
         key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
       )  # fmt: skip
     objective = dataclasses.replace(objective, mask_id=meta["mask_id"])
-  if not absorbing:
+  if hasattr(objective.corruption, "vocab"):
     objective = _with_states(objective, meta or {})
   return objective
 

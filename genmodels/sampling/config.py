@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import cache, draw, quota
+from genmodels.objectives.insertion import Insertion
+from genmodels.sampling import cache, draw, insertion, quota
 from genmodels.sampling.loop import Sampler
 
 
@@ -157,6 +158,10 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
       f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}",
       stacklevel=2,
     )
+  if isinstance(objective, Insertion):
+    never = set(cfg.forbid) | set(meta.get("forbid", ())) | {i for i in (objective.mask_id,) if i >= 0}
+    choice = draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(never)))
+    return insertion.build(cfg, objective, model, choice)
   name = cfg.term or objective.likelihood
   if name not in objective.terms:
     raise ConfigError(

@@ -92,6 +92,7 @@ def closed_form(table, alpha, count) -> float:
   return float(law @ each)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["exact", "bernoulli"])
 def test_bound_is_the_closed_form(count):
   """Both sums: E_K [Σ_{m>K} E_M 1/m Σ CE + left to right over K]. Binomial K (the paper) or a fixed one."""
@@ -105,6 +106,7 @@ def test_bound_is_the_closed_form(count):
   )  # the control: the other law of K is another sum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", ["exact", "bernoulli"])
 def test_training_estimates_the_same_bound(count):
   """The two terms of a training step, over the documents of their modes, add up to the bound."""
@@ -119,6 +121,7 @@ def test_training_estimates_the_same_bound(count):
   assert abs(got - closed_form(table, 0.5, count)) < 3.5 * math.sqrt(spread / DRAWS)
 
 
+@pytest.mark.slow
 def test_limits_are_masked_diffusion_and_autoregression():
   table = tn.random_table(3).astype(np.float64)
   got = estimates(objective(mask_id=tn.MASK, alpha=1.0), table)
@@ -221,6 +224,7 @@ def _decode():
   return obj, uncached, cached
 
 
+@pytest.mark.slow
 def test_one_pass_is_step_by_step_decoding_with_a_cache():
   """A batch of unequal prompts is decoded in the order of `state`: at every step the cached call gives what the
   uncached one gives, a token's keys are written once, and the training views give the same conditionals."""

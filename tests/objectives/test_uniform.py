@@ -61,6 +61,7 @@ class Constant:
     return fn(jnp.broadcast_to(self.logits, (B * M, V)), *flat).reshape(B, M)
 
 
+@pytest.mark.slow
 def test_bound_is_tight_for_independent_tokens():
   """A prediction that ignores its input is a model of independent tokens, whose time reversal is exact: the
   bound of every text is its negative log-likelihood."""
@@ -155,6 +156,7 @@ def _recorded(obj, row):
   return run(params, row)
 
 
+@pytest.mark.slow
 def test_second_pass_reads_the_first_ones_output():
   obj, row = objective("ar2diff"), rows((16, 9), B=4)
   sums, denominators, per_token, calls = _recorded(obj, row)
@@ -198,6 +200,7 @@ def test_canvas_sees_causal_context_and_itself():
     laws.check(dataclasses.replace(obj, masks={"full": wrong}))
 
 
+@pytest.mark.slow
 def test_self_conditioning_adds_the_mean_embedding():
   obj, row = objective("diffusion_gemma"), rows((11, 6), B=6)
   sums, denominators, per_token, calls = _recorded(obj, row)

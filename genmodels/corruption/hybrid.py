@@ -127,11 +127,8 @@ class Hybrid(Corruption):
     one = lambda x: jnp.broadcast_to(x, hit.shape)[:, None].astype(jnp.float32)
     return self.noise(row, blk_lo, blk_hi, hit[:, None], one(level), one(marginal), one(nelbo), order=order)
 
-  def state(self, row: Row, committed: Array, step=0) -> Noise:
-    """A generation in progress: the diffusion part in an order fixed by the document's id, then the rest.
-
-    Tokens committed in that order keep their ranks, and with a causal mask their keys and values.
-    """
+  def _planned(self, row: Row) -> tuple[Array, Array]:
+    """Generation ranks, and K, of a row to be generated: int32[B, N] each."""
     ok = eligible(row)
     lo, hi = rows.doc_bounds(row.doc)
     n, key = rows.count_in(lo, hi, ok), jnp.zeros((2,), jnp.uint32)
@@ -141,6 +138,23 @@ class Hybrid(Corruption):
     planned = self.arrangement(
       row, late, jnp.ones_like(ok), rng.token_bits(row, key, rng.EVAL_STEP, 1, rng.ORDER)
     )
+    return planned, left
+
+  def plan(self, row: Row) -> tuple[Array, Array]:
+    """How rows of one document are generated: ranks int32[B, N], fixed by the document's id, and how many
+    open tokens are of the diffusion part, int32[B]."""
+    planned, left = self._planned(row)
+    return planned, eligible(row).sum(1, dtype=jnp.int32) - left[:, 0]
+
+  def state(self, row: Row, committed: Array, step=0) -> Noise:
+    """A generation in progress: the diffusion part in an order fixed by the document's id, then the rest.
+
+    Tokens committed in that order keep their ranks, and with a causal mask their keys and values.
+    """
+    ok = eligible(row)
+    lo, hi = rows.doc_bounds(row.doc)
+    n = rows.count_in(lo, hi, ok)
+    planned, left = self._planned(row)
     hit = ok & jnp.logical_not(committed)
     order = rows.rank_in_unit(lo, hit.astype(jnp.uint32) * _LAST + planned.astype(jnp.uint32), row.doc >= 0)
     open_ = rows.count_in(lo, hi, hit)

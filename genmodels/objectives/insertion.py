@@ -1,8 +1,8 @@
 """Insertion language models: one softmax over (gap × vocabulary), and a head that says when to stop.
 
 Patel et al., "Insertion Language Models: Sequence Generation with Arbitrary-Position Insertions",
-2505.05755. m tokens of a text are left out. From the rest, the model gives the logit l(j, v) of inserting v behind
-token j; the target is uniform over the m tokens left out, each in the gap where it belongs:
+2505.05755. m tokens of a text are left out. From the rest, the model gives the logit l(j, v) of inserting v
+behind token j; the target is uniform over the m tokens left out, each in the gap where it belongs:
 
   loss = −1/m Σ_i [ l(gap(i), x_i) − log Σ_{j,v} e^{l(j,v)} ]  +  CE(stop, m = 0).
 

@@ -15,7 +15,7 @@ from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
 from genmodels.objectives.insertion import Insertion
-from genmodels.sampling import cache, draw, insertion, quota
+from genmodels.sampling import cache, draw, insertion, ordered, quota
 from genmodels.sampling.loop import Sampler
 
 
@@ -158,15 +158,22 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
       f"sampler.block={cfg.block}, but the model was trained with blocks of {trained or 'whole documents'}",
       stacklevel=2,
     )
-  if isinstance(objective, Insertion):
-    never = set(cfg.forbid) | set(meta.get("forbid", ())) | {i for i in (objective.mask_id,) if i >= 0}
-    choice = draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(never)))
-    return insertion.build(cfg, objective, model, choice)
   name = cfg.term or objective.likelihood
   if name not in objective.terms:
     raise ConfigError(
       "no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}"
     )
+  eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
+  forbid = (
+    set(cfg.forbid)
+    | set(meta.get("forbid", ()))
+    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
+  )
+  choice = draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(forbid)))
+  if isinstance(objective, Insertion):
+    return insertion.build(cfg, objective, model, choice)
+  if hasattr(objective.corruption, "plan") and not getattr(cfg, "draft", ""):
+    return ordered.build(dataclasses.replace(cfg, eos=eos), objective, model, name, choice)
   term = objective.terms[name]
   streams, blocks = objective.layout.streams, objective.corruption.blocks
   store_name = cache.store_stream(objective)
@@ -204,12 +211,6 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   chosen = cfg.quota
   if hasattr(chosen, "schedule") and not chosen.schedule:
     chosen = dataclasses.replace(chosen, schedule=getattr(objective.corruption, "schedule", "linear"))
-  eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
-  forbid = (
-    set(cfg.forbid)
-    | set(meta.get("forbid", ()))
-    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
-  )
   if single:
     capacity = 1
   elif blocks.sizes and not whole:
@@ -229,6 +230,6 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity=capacity,
     denoises=denoises,
     policy=policy,
-    choice=draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(forbid))),
+    choice=choice,
     quota=chosen,
   )

@@ -18,7 +18,7 @@ import numpy as np
 from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, Array, Row, Target, pytree
 from genmodels.corruption.base import eligible
-from genmodels.sampling import draw
+from genmodels.sampling import cache, draw
 from genmodels.sampling.loop import Result
 
 
@@ -56,6 +56,8 @@ class InsertionSampler:
   model: Any
   choice: draw.Choice
   threshold: float | None = None
+
+  policy = cache.POLICIES["none"]
 
   def __post_init__(self):
     object.__setattr__(self, "_jitted", jax.jit(self.run))

@@ -1,10 +1,11 @@
 """Decoding in a generation order that is known beforehand, with an exact cache.
 
 The corruption's `plan` says in which order the open tokens of a row come and how many of them, at the
-front, may be decoded several at a time: diffusion; the rest follow one by one. A call computes the clean slots
-of what was committed last and the noisy slots of what is decoded now, nothing else. Where clean slots see earlier
-ranks only, their keys and values are final as soon as they are computed, during diffusion too (Sahoo et al.,
-"Esoteric Language Models", 2506.01928). Any-subset models (Guo & Ermon, 2504.20456) decode one by one.
+front, may be decoded several at a time: diffusion; the rest follow one by one. A call computes the clean
+slots of what was committed last and the noisy slots of what is decoded now, nothing else. Where clean slots
+see earlier ranks only, their keys and values are final as soon as they are computed, during diffusion too
+(Sahoo et al., "Esoteric Language Models", 2506.01928). Any-subset models (Guo & Ermon, 2504.20456) decode one
+by one.
 
 Legend: B rows · N tokens of a row · W tokens of a step · A slots of a call.
 """
@@ -23,7 +24,7 @@ from genmodels.contracts import CLEAN, Array, Row, Target, pytree
 from genmodels.corruption.base import eligible
 from genmodels.masks.relations import parse
 from genmodels.models import write_cache
-from genmodels.sampling import draw
+from genmodels.sampling import cache, draw
 from genmodels.sampling.loop import Result, at_coordinate, first_where
 
 
@@ -55,7 +56,7 @@ class OrderedSampler:
   of those that come together at most W do, the others in the next call.
 
   Fields:
-    cfg: SamplerConfig. term: the term that decodes. steps: of diffusion. cached: keep keys and values.
+    cfg: SamplerConfig. term: the term that decodes. steps: of diffusion. policy: CachePolicy.
   """
 
   cfg: Any
@@ -64,7 +65,7 @@ class OrderedSampler:
   term: str
   choice: draw.Choice
   steps: int
-  cached: bool
+  policy: cache.CachePolicy
 
   def __post_init__(self):
     object.__setattr__(self, "_jitted", jax.jit(self.run))
@@ -84,6 +85,10 @@ class OrderedSampler:
       raise ValueError("a row to generate holds one document (index 0), then padding (−1)")
     return self._jitted(params, row, key)
 
+  @property
+  def cached(self) -> bool:
+    return self.policy.stores
+
   def width(self, row: Row) -> int:
     """W, twice the mean of a step (static)."""
     N = row.tokens.shape[1]
@@ -98,17 +103,17 @@ class OrderedSampler:
     """The state before the first step: what is given is in the cache."""
     B, N = row.tokens.shape
     given = ~eligible(row)
-    cache = None
+    kept = None
     if self.cached:
       keep = given & (row.doc >= 0)
       at = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
       inputs, _ = self.view(row, given, pairs(self._clean, at, keep))
-      cache = self.model.init_cache(B, N)
-      cache = write_cache(cache, self.model.apply(params, inputs, {}, cache=cache).new, keep)
+      kept = self.model.init_cache(B, N)
+      kept = write_cache(kept, self.model.apply(params, inputs, {}, cache=kept).new, keep)
     zero = jnp.zeros((B,), jnp.int32)
     one = jnp.int32(self.cached)
     return State(
-      row.tokens, given, jnp.full((B, N), -1, jnp.int32), zero, cache, given.all(1), jnp.int32(0), one
+      row.tokens, given, jnp.full((B, N), -1, jnp.int32), zero, kept, given.all(1), jnp.int32(0), one
     )
 
   def view(self, row: Row, committed: Array, only: Array):
@@ -159,14 +164,14 @@ class OrderedSampler:
     head = self.objective.terms[self.term].head
     target = Target(head, slot, jnp.zeros_like(slot), use.astype(jnp.float32))
     out = self.model.apply(params, inputs, {self.term: target}, cache=s.cache)
-    cache = write_cache(s.cache, out.new, keep) if self.cached else None
-    return out.dists[self.term].map(fn, *xs), cache
+    kept = write_cache(s.cache, out.new, keep) if self.cached else None
+    return out.dists[self.term].map(fn, *xs), kept
 
   def step(self, params, row: Row, s: State, key: Array) -> State:
     """Decodes the next tokens of every row."""
     at, use = self.now(row, s, key)
     keys = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, s.committed.sum(1)), at)
-    (token, _), cache = self.predict(params, row, s, at, use, self.choice, keys)
+    (token, _), kept = self.predict(params, row, s, at, use, self.choice, keys)
     N = row.tokens.shape[1]
     rows_, target = jnp.arange(at.shape[0])[:, None], jnp.where(use, at, N)
     put = lambda x, v: x.at[rows_, target].set(v, mode="drop")
@@ -176,7 +181,7 @@ class OrderedSampler:
       committed=committed,
       at=put(s.at, s.step),
       fresh=use.sum(1, dtype=jnp.int32),
-      cache=cache,
+      cache=kept,
       done=s.done | committed.all(1) | (self.eos_at(row, tokens, committed) < first_where(~committed)),
       step=s.step + 1,
       forwards=s.forwards + 1,
@@ -229,4 +234,5 @@ def build(cfg, objective, model, name: str, choice: draw.Choice) -> OrderedSampl
       value=cfg.cache, fix="'none', or a mask that is causal in generation order",
     )  # fmt: skip
   steps = getattr(cfg.quota, "steps", 1)
-  return OrderedSampler(cfg, objective, model, name, choice, steps, exact and cfg.cache != "none")
+  policy = cache.POLICIES["causal_exact" if exact and cfg.cache != "none" else "none"]
+  return OrderedSampler(cfg, objective, model, name, choice, steps, policy)

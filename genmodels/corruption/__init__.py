@@ -6,6 +6,7 @@ from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.delete import Delete
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.step import Step
 from genmodels.corruption.subset import Subset
 from genmodels.corruption.uniform import Uniform
 
@@ -18,6 +19,7 @@ REGISTRY = {
   "subset": Subset,
   "hybrid": Hybrid,
   "delete": Delete,
+  "step": Step,
   "uniform": Uniform,
 }
 
@@ -32,6 +34,7 @@ __all__ = [
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",
+  "Step",
   "Subset",
   "Uniform",
 ]

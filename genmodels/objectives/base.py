@@ -365,6 +365,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
   from genmodels.objectives.insertion import Insertion
+  from genmodels.objectives.marginal import Marginal
   from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
@@ -378,6 +379,7 @@ def registry() -> dict[str, type]:
     "unrolled": Unrolled,
     "canvas": Canvas,
     "insertion": Insertion,
+    "marginal": Marginal,
   }
 
 

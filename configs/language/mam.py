@@ -4,8 +4,8 @@
 
 The conditionals are those of masked diffusion and have its bound, which is reported; the marginals are fitted
 by self-consistency along random orders, a squared error per document. One trunk with two heads learns both,
-where the authors train two networks one after the other; energy-based training, their second use, is not here.
-The default variant is of the size of their text model (12 layers of width 768 on text8's rows of 250
+where the authors train two networks one after the other; energy-based training, their second use, is not
+here. The default variant is of the size of their text model (12 layers of width 768 on text8's rows of 250
 characters; depth and rates unverified).
 """
 

@@ -159,9 +159,9 @@ def test_masks_are_the_papers(ref):
   obj = objective(ref)
   row = rows((7, 5, 6), B=3, N=20)
   noise = jax.jit(lambda row: obj.corruption.draw(row, KEY, 3))(row)
-  slots = obj.layout.arrange(row, noise)
   (relation,) = obj.relations.values()
-  dense = np.asarray(relation.mask(slots).to_dense())
+  mask = jax.jit(lambda row, noise: relation.mask(obj.layout.arrange(row, noise)).to_dense())
+  dense = np.asarray(mask(row, noise))
   sequential = np.asarray(obj.corruption.sequential(row))
   assert sequential[row.doc >= 0].any() and not sequential.all()
   for b in range(3):
@@ -185,7 +185,7 @@ def test_masks_are_the_papers(ref):
 
 def test_modes_come_from_the_batch_or_from_the_documents():
   row = rows((4, 4), B=8)
-  of = lambda **kw: np.asarray(objective(**kw).corruption.sequential(row))[:, ::4]
+  of = lambda **kw: np.asarray(jax.jit(objective(**kw).corruption.sequential)(row))[:, ::4]
   assert of().mean() == 0.5 and of(split=0.25).mean() == 0.75 and of(split=1.0).mean() == 0
   mode = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 2)))
   row = row.replace(docs=row.docs.replace(mode=mode))

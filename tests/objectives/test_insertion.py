@@ -194,7 +194,7 @@ def test_loss_by_hand_and_packing():
 
 def test_counts_dropped_are_uniform():
   row = token_row(np.zeros((4000, 5)), role=np.tile([CONTEXT] + [TEXT] * 4, (4000, 1)))
-  hit = np.asarray(objective().corruption.draw(row, KEY, 0).hit[:, 0])
+  hit = np.asarray(jax.jit(lambda row: objective().corruption.draw(row, KEY, 0).hit[:, 0])(row))
   assert not hit[:, 0].any()
   pattern, count = np.unique(hit[:, 1:] @ (1 << np.arange(4)), return_counts=True)
   want = 4000 / 5 / np.array([math.comb(4, bin(p).count("1")) for p in pattern])

@@ -50,6 +50,7 @@ def log_marginals(joint):
   return out
 
 
+@pytest.mark.slow
 def test_true_marginals_have_no_error():
   joint = tn.random_joint(3)
   table, true = tn.oracle_table(joint), log_marginals(joint)
@@ -73,6 +74,7 @@ def test_true_marginals_have_no_error():
   assert laws.check(obj) == []
 
 
+@pytest.mark.slow
 def test_likelihood_is_the_any_order_bound():
   table = tn.random_table(1)
   x = np.array([2, 0, 1, 1])

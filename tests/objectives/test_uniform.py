@@ -32,6 +32,7 @@ def objective(ref: str):
   return obj
 
 
+@pytest.mark.slow
 def test_noise_is_uniform():
   obj = objective("ar2diff")
   assert obj.corruption.exclude == (MASK,) and obj.corruption.states == V - 1
@@ -115,6 +116,7 @@ def test_bound_is_above_the_likelihood():
   assert min(gap) > -2e-3 and max(gap) > 0.02
 
 
+@pytest.mark.slow
 def test_prefix_bears_no_loss():
   obj, row = objective("ar2diff"), rows((16, 9), B=8)
   inputs, targets, denominators = jax.jit(lambda row: obj.prepare(row, KEY, 3))(row)
@@ -183,8 +185,12 @@ def test_second_pass_reads_the_first_ones_output():
 
 def test_canvas_sees_causal_context_and_itself():
   obj, row = objective("diffusion_gemma"), rows((11, 6), B=1)
-  noise = obj.corruption.draw(row, KEY, 3)
-  dense = np.asarray(obj.relations["full"].mask(obj.layout.arrange(row, noise)).to_dense()[0])
+
+  @jax.jit
+  def mask(row):
+    return obj.relations["full"].mask(obj.layout.arrange(row, obj.corruption.draw(row, KEY, 3))).to_dense()[0]
+
+  dense = np.asarray(mask(row))
   doc = np.asarray(row.doc[0])
   at = np.r_[0:11, 0:6]
   same, block = doc[:, None] == doc, at // 4

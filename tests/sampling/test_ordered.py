@@ -83,6 +83,7 @@ def test_only_causal_orders_are_cached():
     sampler(sub_block=4)
 
 
+@pytest.mark.slow
 def test_steps_are_drawn_uniformly():
   """Counts of the diffusion part: a multinomial over the steps, less those without a token; the mean is right."""
   s = sampler(quota={"kind": "ancestral", "steps": 3})

@@ -5,10 +5,14 @@ from genmodels.corruption.anneal import AnnealAbsorb
 from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.delete import Delete
 from genmodels.corruption.eos_unit import EosUnitAbsorb
+from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.sampled import SampledAbsorb
+from genmodels.corruption.step import Step
 from genmodels.corruption.subset import Subset
+from genmodels.corruption.uniform import Uniform
 
 REGISTRY = {
   "clean": Clean,
@@ -21,6 +25,10 @@ REGISTRY = {
   "input_mask": InputMask,
   "sampled_absorb": SampledAbsorb,
   "subset": Subset,
+  "hybrid": Hybrid,
+  "delete": Delete,
+  "step": Step,
+  "uniform": Uniform,
 }
 
 __all__ = [
@@ -31,11 +39,15 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "Delete",
   "EosUnitAbsorb",
+  "Hybrid",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",
   "SampledAbsorb",
   "Search",
+  "Step",
   "Subset",
+  "Uniform",
 ]

@@ -105,6 +105,7 @@ class Corruption:
   copies = 1  # noisy copies drawn per token
   dense = False  # draws pairs, for a mask that is no union of intervals
   search = None  # when held-out losses decide statistics: corruption.band.Search
+  absorbing = True  # a hit token shows the mask id
 
   def __post_init__(self):
     if not 0 <= self.drop <= 1:

@@ -73,6 +73,21 @@ def doc_uniform(row: Row, key: Array, step, copy: int, tag: int) -> Array:
   return uniform(threefry2x32(*doc_key(row, key, step, copy, tag), np.uint32(0), np.uint32(1))[0])
 
 
+def doc_level(row: Row, key: Array, step, time: str, bound: tuple | None = None) -> Array:
+  """A level in (0, 1) of each token's document, float32[B, N].
+
+  Args:
+    time: "uniform", or "stratified": over the documents of the global batch by their `rank`.
+    bound: (r, R), stratum r of R instead.
+  """
+  u = doc_uniform(row, key, step, 0, LEVEL)
+  if bound is not None:
+    u = (bound[0] + u) / bound[1]
+  elif time == "stratified":
+    u = (row.docs.rank[..., 0] + u) / jnp.maximum(row.docs.rank[..., 1], 1)
+  return of_doc(row.doc, u)
+
+
 def token_bits(
   row: Row, key: Array, step, copy: int, tag: int, at: Array | None = None, lane: int = 0
 ) -> Array:

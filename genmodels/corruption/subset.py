@@ -42,6 +42,11 @@ class Subset(Absorb):
     noise = super().draw(row, key, step, latent, bound)
     return noise.replace(nelbo=jnp.ones_like(noise.nelbo))  # a chain rule: every factor counts once
 
+  def plan(self, row):
+    """Ranks int32[B, N] of a row to be generated, and how many tokens come several at a time: none, [B]."""
+    lo, _ = self.blocks.bounds(row, 0)
+    return self.ranks(row, lo, eligible(row)[:, None]), jnp.zeros(row.doc.shape[:1], jnp.int32)
+
   def state(self, row, committed, step=0):
     noise = super().state(row, committed, step)
     # The given part is the prompt, whatever has been generated since: its tokens keep their ranks, and so

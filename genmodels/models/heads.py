@@ -138,6 +138,14 @@ class Categorical:
 
     return self.map(fn)
 
+  def expected(self, table: Array) -> Array:
+    """float32[B, M, W]: Σ_v p(v) table[v] of a table [≥ vocab, W]: the mean embedding predicted."""
+
+    def fn(replicated, logits):
+      return jax.nn.softmax(logits, -1) @ replicated[0][: self.vocab].astype(jnp.float32)
+
+    return self._map(fn, (), (table,))
+
   def argmax_prob(self) -> tuple[Array, Array]:
     """Most probable class int32[B, M] and its probability float32[B, M]."""
 

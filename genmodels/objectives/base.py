@@ -326,8 +326,13 @@ class Objective:
         # No noise reaches the clean stream: its cross-entropy is the likelihood, whatever a noisy copy drew.
         weight = "one" if term.stream == CLEAN else "nelbo"
         term = dataclasses.replace(term, weight=weight, normaliser="all_valid")
-      targets[name], denominators[name] = self.target(row, noise, read[name], term)
+      targets[name], denominators[name] = self.target(self.of_term(row, name), noise, read[name], term)
     return inputs, targets, denominators
+
+  def of_term(self, row: Row, name: str) -> Row:
+    """The row with what the term never asks given (CONTEXT): here the row as it is."""
+    del name
+    return row
 
   def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
     """The Target of one term and its denominator."""
@@ -465,17 +470,27 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
+  from genmodels.objectives.insertion import Insertion
+  from genmodels.objectives.marginal import Marginal
   from genmodels.objectives.policy import BlockPolicy
+  from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
     "tokens": Objective,
     "block_distill": BlockDistill,
     "block_policy": BlockPolicy,
+    "esoteric": Esoteric,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,
+    "uniform": UniformDiffusion,
+    "unrolled": Unrolled,
+    "canvas": Canvas,
+    "insertion": Insertion,
+    "marginal": Marginal,
   }
 
 
@@ -529,7 +544,8 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
     ConfigError: unknown key, wrong type, or a broken law, with key, value, reason and fix.
   """
   objective = config.build_kind(_registry_for(section), section, "objective")
-  if objective.mask_id < 0 and objective.layout.noisy:
+  absorbing = getattr(objective.corruption, "absorbing", True)
+  if objective.mask_id < 0 and objective.layout.noisy and (absorbing or (meta or {}).get("mask_id", -1) >= 0):
     if not meta or meta.get("mask_id", -1) < 0:
       raise ConfigError(
         "the layout has a noisy stream but nobody names a mask id",
@@ -544,4 +560,21 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
       )  # fmt: skip
     corruption = dataclasses.replace(objective.corruption, eos_id=meta["eos"])
     objective = dataclasses.replace(objective, corruption=corruption)
+  if hasattr(objective.corruption, "vocab"):
+    objective = _with_states(objective, meta or {})
   return objective
+
+
+def _with_states(objective: Objective, meta) -> Objective:
+  """The objective with the ids that its corruption draws from: the data's vocabulary but the mask id."""
+  c = objective.corruption
+  vocab = meta.get("vocab", -1) if c.vocab < 0 else c.vocab
+  if vocab < 1:
+    raise ConfigError(
+      "random tokens are drawn from a vocabulary that nobody names",
+      key="objective.corruption.vocab", value=c.vocab, fix="set it, or use data with a tokenizer",
+    )  # fmt: skip
+  never = set(c.exclude) | ({objective.mask_id} if 0 <= objective.mask_id < vocab else set())
+  return dataclasses.replace(
+    objective, corruption=dataclasses.replace(c, vocab=vocab, exclude=tuple(sorted(never)))
+  )

@@ -14,7 +14,22 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import active, cache, commit, drafting, draw, laws, mix, partial, quota, remask, stop
+from genmodels.objectives.insertion import Insertion
+from genmodels.sampling import (
+  active,
+  cache,
+  commit,
+  drafting,
+  draw,
+  insertion,
+  laws,
+  mix,
+  ordered,
+  partial,
+  quota,
+  remask,
+  stop,
+)
 from genmodels.sampling.loop import Sampler
 
 
@@ -207,6 +222,20 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     raise ConfigError(
       "no such term", key="sampler.term", value=name, fix=f"one of {', '.join(objective.terms)}"
     )
+  eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
+  forbid = (
+    set(cfg.forbid)
+    | set(meta.get("forbid", ()))
+    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
+  )
+  extras, top = wants(cfg)
+  choice = draw.Choice(
+    cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top
+  )
+  if isinstance(objective, Insertion):
+    return insertion.build(cfg, objective, model, choice)
+  if hasattr(objective.corruption, "plan") and not cfg.draft:
+    return ordered.build(dataclasses.replace(cfg, eos=eos), objective, model, name, choice)
   term = objective.terms[name]
   streams, blocks = objective.layout.streams, objective.corruption.blocks
   store_name = cache.store_stream(objective)
@@ -255,19 +284,12 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   chosen = cfg.quota
   if hasattr(chosen, "schedule") and not chosen.schedule:
     chosen = dataclasses.replace(chosen, schedule=getattr(objective.corruption, "schedule", "linear"))
-  eos = int(meta.get("eos", -1)) if cfg.eos == -1 else max(cfg.eos, -1)
-  forbid = (
-    set(cfg.forbid)
-    | set(meta.get("forbid", ()))
-    | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
-  )
   if single:
     capacity = 1
   elif blocks.sizes and not whole:
     capacity = max(blocks.sizes)
   else:
     capacity = 0 if whole else int(blocks.size(0))
-  extras, top = wants(cfg)
   sampler = Sampler(
     cfg=dataclasses.replace(cfg, eos=eos),
     objective=objective,
@@ -283,9 +305,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     policy=policy,
     stored=found.stored,
     active=cfg.active,
-    choice=draw.Choice(
-      cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top
-    ),
+    choice=choice,
     quota=chosen,
     commit=cfg.commit,
     remask=cfg.remask,

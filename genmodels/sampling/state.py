@@ -156,6 +156,12 @@ def first_where(flag: Array) -> Array:
   return jnp.where(flag.any(1), jnp.argmax(flag, 1), flag.shape[1]).astype(jnp.int32)
 
 
+def calls_of(committed_at: Array, prefill: int = 0) -> dict[str, Array]:
+  """`Result.calls` of a decoder in which a row takes part in every forward up to its last commit."""
+  rows_ = jnp.ones(committed_at.shape[:1], jnp.int32)
+  return {"prefill": prefill * rows_, "denoise": committed_at.max(1) + 1, "write": 0 * rows_}
+
+
 def at_coordinate(x: Array, at: Array) -> Array:
   """x [B, N] at coordinates int32[B] or [B, M], clipped into the row."""
   index = jnp.clip(at, 0, x.shape[1] - 1)

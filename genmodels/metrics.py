@@ -90,7 +90,7 @@ def model_flops(
     abstract_params: the parameters (shapes).
     logical_axes: same nesting, tuples of names; `optim.role` tells matrices from tables.
     attention: {mask pattern: Σ over its layers of heads · head_dim}.
-    heads: {head: regex of the paths of its weights}; a tied head names the embedding table. Other
+    heads: {head: regex of the paths of its weights, "" for none}; a tied head names the embedding table. Other
       matrices belong to the trunk, other tables cost nothing.
     trainable: bool tree like the parameters (`optim.trainable`); None is all.
 
@@ -105,7 +105,9 @@ def model_flops(
   by_head = {}
   for head, pattern in heads.items():
     paths = [p for p in params if kind[p] != "vector" and re.search(pattern, p)]
-    if not paths:
+    if not pattern:
+      paths = []
+    elif not paths:
       raise ValueError(
         f"metrics: head {head!r} has no weights: {pattern!r} matches none of {', '.join(list(params)[:6])} …"
       )

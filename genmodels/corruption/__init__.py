@@ -3,6 +3,7 @@
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.groups import Groups
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.subset import Subset
 
@@ -13,6 +14,7 @@ REGISTRY = {
   "position_absorb": PositionAbsorb,
   "input_mask": InputMask,
   "subset": Subset,
+  "groups": Groups,
 }
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "Groups",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",

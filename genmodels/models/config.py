@@ -141,7 +141,9 @@ class Head:
   """From hidden states to a distribution.
 
   Fields:
-    kind: "categorical" or "flow" (a velocity field on float[size], conditioned on the hidden state).
+    kind: "categorical", "flow" (a velocity field on float[size], conditioned on the hidden state), "draft" (a
+      categorical one over a transformed hidden state) or "latent" (no distribution: the squared distance of
+      two hidden states); see models/drafts.py.
     size: number of classes, or features of a flow head; None is the vocabulary.
     tied: use the token table as output weight.
     bias: add a bias to the logits.
@@ -149,11 +151,14 @@ class Head:
     soft_cap: logits ← cap·tanh(logits/cap); None leaves them.
     zero_init: output weight starts at zero.
     chunk: read positions whose logits exist at one time.
-    width, depth: flow only: the MLP's width (None: the trunk's) and residual blocks.
+    width, depth: flow: the MLP's width (None: the trunk's) and residual blocks. draft: blocks.
+    given: draft only: tokens before the predicted one whose embeddings are fed besides the hidden state.
+    block: draft only: "residual" h + silu(W·[h; e]), W starting at 0, or "mlp" norm(silu(W·[h; e])).
+    like: draft only: the head whose output weight it starts from, or uses if `shared`.
     time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
   """
 
-  kind: Literal["categorical", "flow"] = "categorical"
+  kind: Literal["categorical", "flow", "draft", "latent"] = "categorical"
   size: int | None = None
   tied: bool = False
   bias: bool = False
@@ -164,8 +169,22 @@ class Head:
   width: int | None = None
   depth: int = 3
   time_scale: float = 1000.0
+  given: int = 0
+  block: Literal["residual", "mlp"] = "residual"
+  like: str = "text"
+  shared: bool = False
+
+  @property
+  def drafts(self) -> bool:
+    """Whether it only proposes (or trains): without it the model computes the same likelihoods."""
+    return self.kind in ("draft", "latent")
 
   def __post_init__(self):
+    if self.kind == "draft" and (self.size is not None or self.tied or self.bias or self.depth < 1):
+      raise ValueError("a draft head has the vocabulary's size, depth ≥ 1 and its own words for an output weight: "
+                       "like, shared; not size, tied or bias")
+    if self.given and self.kind != "draft" or self.given < 0:
+      raise ValueError(f"given={self.given} of kind {self.kind!r}: a draft head is fed 0 or more embeddings")
     if self.kind == "flow" and (self.size is None or self.tied or self.forbid):
       raise ValueError("a flow head needs size (its features) and takes neither tied nor forbid")
     if self.tied and self.size is not None:
@@ -175,11 +194,13 @@ class Head:
 @dataclasses.dataclass(frozen=True)
 class Lora:
   """Low-rank adapters: `targets` is a regex that a linear site's path must match in full
-  ("stack/.*/(q|v)"); the update is alpha/rank·A·B (arXiv:2106.09685)."""
+  ("stack/.*/(q|v)"); the update is alpha/rank·A·B (arXiv:2106.09685). With `gated` it acts only at slots
+  whose `Inputs.route` is not 0, which must be given then (arXiv:2507.11851)."""
 
   rank: int
   alpha: float = 16.0
   targets: str = r"stack/.*/(q|k|v|o)"
+  gated: bool = False
 
   def __post_init__(self):
     if self.rank < 1:
@@ -306,7 +327,13 @@ class TrunkConfig:
           f"{self.width}, got {cond.size} and {self.cond_width}"
         )
     for name, head in self.heads:
-      if head.kind == "categorical" and head.size is None and not self.vocab:
+      if head.kind == "draft":
+        other = dict(self.heads).get(head.like)
+        if other is None or (other.kind, other.size, other.bias) != ("categorical", None, False):
+          raise ValueError(
+            f"head {name!r}: like={head.like!r} must name a categorical head over the vocabulary without bias"
+          )
+      if head.kind in ("categorical", "draft") and head.size is None and not self.vocab:
         raise ValueError(f"head {name!r} has the size of the vocabulary, but vocab=0: set its size")
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):

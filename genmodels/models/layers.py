@@ -56,7 +56,10 @@ class Linear(nn.Module):
     """x @ kernel, in x's dtype; without x: (kernel with its adapter, bias or None) in compute dtype.
 
     Args:
-      route: int32[B, S] or None; slots with 0 skip the adapter.
+      route: int32[B, S] or None; a slot with 0 gets the base's bits, whatever the adapter holds.
+
+    Raises:
+      ValueError: adapters without `model.lora`, or gated ones where no gate arrives.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     ins, outs = self.eqn.split("->")
@@ -76,6 +79,12 @@ class Linear(nn.Module):
         raise ValueError(
           "the parameters hold adapters, but model.lora is None: set it, or strip or merge them"
         )
+      if cfg.lora.gated and (x is None or route is None):
+        raise ValueError(
+          f"{'/'.join(self.path)}: the adapter is gated (model.lora.gated) and no gate arrives: Inputs.route is "
+          "None (objective.adapters='masked' makes it), or the site lies outside of the layers, where "
+          "model.lora.targets must not reach"
+        )
       scale = cfg.lora.alpha / cfg.lora.rank
     if x is None:
       if lora is not None:
@@ -84,9 +93,9 @@ class Linear(nn.Module):
     y = jnp.einsum(self.eqn, x, kernel.astype(x.dtype))
     if lora is not None:
       down = jnp.einsum(f"{ins},{ker[:n_in]}R->{outs[: len(ins) - n_in]}R", x, lora[0])
-      if route is not None:
-        down = jnp.where((route > 0)[..., None], down, 0)
-      y = y + scale * jnp.einsum(f"{outs[: len(ins) - n_in]}R,R{ker[n_in:]}->{outs}", down, lora[1])
+      wide = y + scale * jnp.einsum(f"{outs[: len(ins) - n_in]}R,R{ker[n_in:]}->{outs}", down, lora[1])
+      # Selected, not multiplied: adding a product of zeros would turn −0 into 0 and keep an overflow.
+      y = wide if route is None else jnp.where((route > 0).reshape(route.shape + (1,) * (y.ndim - 2)), wide, y)
     return y if bias is None else y + bias
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import lora
+from genmodels.models import drafts, lora
 from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import TrunkConfig, from_section
 from genmodels.models.trunk import Trunk, plans
@@ -31,7 +31,7 @@ class Model:
 
     With `cfg.lora` the adapters are there too, drawn from a key of their own.
     """
-    params = nn.meta.unbox(self._boxed(key))
+    params = drafts.start(nn.meta.unbox(self._boxed(key)), self.cfg)
     return params if self.cfg.lora is None else lora.add(params, self.cfg, jax.random.fold_in(key, 1))
 
   def abstract_params(self):

@@ -5,6 +5,7 @@ Legend: B rows · S slots · K id channels · D width · E conditions of a row �
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from genmodels import kernels
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import attend, heads, rope
+from genmodels.models import attend, drafts, heads, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
@@ -163,6 +164,13 @@ class Heads(nn.Module):
         else:
           made[name] = self.variables["params"][name]
         continue
+      if head.kind == "latent":
+        continue
+      if head.kind == "draft":
+        made[name] = drafts.Draft(cfg, head, name=name)
+        if self.is_initializing():
+          made[name](hidden[:, :1], jnp.zeros((1, 1, head.given * cfg.width), hidden.dtype))
+        continue
       size = cfg.vocab_padded if head.size is None else head.size
       bias = None
       if head.tied:
@@ -180,6 +188,15 @@ class Heads(nn.Module):
       h, valid = heads.read(hidden, target)
       if head.kind == "flow":
         dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
+      elif head.kind == "latent":
+        dists[term] = drafts.Latent(h, heads.at(hidden, target.given["slot"]), valid)
+      elif head.kind == "draft":
+        fed = drafts.embedded(cfg, tables["tokens"], target.given, head.given, h)
+        h, weight = made[target.head](h, fed)
+        trunk = cfg.head(head.like)
+        weight = made[head.like][0] if weight is None else weight
+        read = dataclasses.replace(trunk, forbid=head.forbid, tied=trunk.tied and head.shared, chunk=head.chunk)
+        dists[term] = heads.Categorical(h, weight, None, valid, read, cfg.vocab)
       else:
         weight, bias = made[target.head]
         size = cfg.vocab if head.size is None else head.size

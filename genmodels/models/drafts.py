@@ -1,0 +1,100 @@
+"""Heads that draft: they read the trunk's hidden states and leave its own predictions as they are.
+
+  Medusa   residual blocks on h_t, an output weight of its own     (Cai et al., arXiv:2401.10774 §2.1.1)
+  Hydra    the same on [h_t; e(x_{t+1}); … e(x_{t+i})]             (Ankner et al., arXiv:2402.05109 §3)
+  sampler  an MLP on [h; e(previous token)], the trunk's output    (Samragh et al., arXiv:2507.11851 §3.2)
+
+Legend: B rows · M read positions · S slots · D width · G tokens fed · V classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from genmodels.contracts import pytree
+from genmodels.models import attend
+from genmodels.models.config import Head, TrunkConfig
+from genmodels.models.layers import Linear, Norm
+
+Array = jax.Array
+
+
+class Draft(nn.Module):
+  """(transformed hidden state [B, M, D], its output weight or None where it shares the trunk's).
+
+  Only the first block sees the tokens. A residual block is the identity at first: h alone is carried along.
+  """
+
+  cfg: TrunkConfig
+  head: Head
+
+  @nn.compact
+  def __call__(self, h: Array, fed: Array):
+    """h [B, M, D], and fed [B, M, G·D], the embeddings of the tokens."""
+    cfg, head, D = self.cfg, self.head, self.cfg.width
+    for i in range(head.depth):
+      x = jnp.concatenate([h, fed], -1) if head.given and i == 0 else h
+      std = 0.0 if head.block == "residual" else None
+      shape, axes = (x.shape[-1], D), ("embed", "mlp")
+      y = jax.nn.silu(Linear(cfg, "bmi,io->bmo", shape, axes, True, std, name=f"block{i}")(x))
+      h = h + y if head.block == "residual" else Norm(cfg, "layer", True, True, name=f"norm{i}")(y)
+    if head.shared:
+      return h, None
+    weight, _ = Linear(cfg, "bmd,dv->bmv", (D, cfg.vocab_padded), ("embed", "vocab"), name="out")()
+    return h, weight
+
+
+@pytree()
+class Latent:
+  """How far a hidden state is from another one, which gets no gradient.
+
+  Fields:
+    hidden, other: [B, M, D]; valid: bool[B, M].
+  """
+
+  hidden: Array
+  other: Array
+  valid: Array
+
+  def nll(self, value: Array) -> Array:
+    """float32[B, M], mean over the features of the squared difference; `value` is not looked at."""
+    del value
+    other = jax.lax.stop_gradient(self.other).astype(jnp.float32)
+    error = jnp.square(self.hidden.astype(jnp.float32) - other).mean(-1)
+    return jnp.where(self.valid, error, 0)
+
+
+def embedded(cfg: TrunkConfig, table: Array, given: Any, count: int, like: Array) -> Array:
+  """Embeddings of the tokens that a draft head is fed, [B, M, G·D] in the type of `like` [B, M, D].
+
+  Args:
+    given: {"ids": int32[B, M, G]}; None for a head that is fed none.
+
+  Raises:
+    ValueError: another number of tokens than the head takes.
+  """
+  B, M, D = like.shape
+  if not count:
+    return jnp.zeros((B, M, 0), like.dtype)
+  got = None if given is None else given["ids"].shape
+  if got != (B, M, count):
+    raise ValueError(f"a draft head needs Target.given = {{'ids': int32[{B}, {M}, {count}]}}, got {got}")
+  fed = attend.lookup(table, given["ids"].reshape(B, M * count)) * cfg.embed_scale
+  return fed.reshape(B, M, count * D).astype(like.dtype)
+
+
+def start(params, cfg: TrunkConfig):
+  """`params` with every draft head's own output weight a copy of that of the head it is like."""
+  own = [(name, head) for name, head in cfg.heads if head.kind == "draft" and not head.shared]
+  if not own:
+    return params
+  heads = dict(params["heads"])
+  for name, head in own:
+    tied = cfg.head(head.like).tied
+    kernel = params["embed"]["tokens"]["embedding"].T if tied else heads[head.like]["kernel"]
+    heads[name] = {**heads[name], "out": {**heads[name]["out"], "kernel": kernel}}
+  return {**params, "heads": heads}

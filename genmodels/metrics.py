@@ -90,8 +90,8 @@ def model_flops(
     abstract_params: the parameters (shapes).
     logical_axes: same nesting, tuples of names; `optim.role` tells matrices from tables.
     attention: {mask pattern: Σ over its layers of heads · head_dim}.
-    heads: {head: regex of the paths of its weights, "" for none}; a tied head names the embedding table. Other
-      matrices belong to the trunk, other tables cost nothing.
+    heads: {head: regex of the paths of its weights, "" for none}; a tied head names the embedding table.
+      Other matrices belong to the trunk, other tables cost nothing.
     trainable: bool tree like the parameters (`optim.trainable`); None is all.
 
   Raises:

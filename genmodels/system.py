@@ -122,7 +122,7 @@ def _agree(objective, model) -> None:
     if term.given != heads[term.head].given:
       raise ConfigError(
         f"its head takes {heads[term.head].given} tokens", key=f"objective.terms.{name}.given",
-        value=term.given, fix=f"set it to {heads[term.head].given}, or model.heads.{term.head}.given to {term.given}",
+        value=term.given, fix=f"{heads[term.head].given}, or model.heads.{term.head}.given={term.given}",
       )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:

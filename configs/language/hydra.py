@@ -2,12 +2,12 @@
 
   genmodels train --config configs/language/hydra.py:tiny --workdir runs/hydra
 
-As Medusa, but head k also reads the embeddings of the k tokens between its slot and the one that it predicts, from
-the text in training and from the draft when decoding. The model is frozen; every head counts alike (unverified).
-Head k starts as the model's own head: its residual carries the hidden state, the tokens enter by a weight that starts
-at zero. The default variant has the shape of Vicuna-7B, four heads, lr 1e-3 (unverified). Hydra++'s prefix layer and
-distillation are not part of it. `genmodels train --from IMPORT` starts from a checkpoint; the tiny variant adapts a
-random model. Reported likelihoods are the model's own.
+As Medusa, but head k also reads the embeddings of the k tokens between its slot and the one that it predicts,
+from the text in training and from the draft when decoding. The model is frozen; every head counts alike
+(unverified). Head k starts as the model's own head: its residual carries the hidden state, the tokens enter
+by a weight that starts at zero. The default variant has the shape of Vicuna-7B, four heads, lr 1e-3
+(unverified). Hydra++'s prefix layer and distillation are not part of it. `genmodels train --from IMPORT`
+starts from a checkpoint; the tiny variant adapts a random model. Reported likelihoods are the model's own.
 """
 
 from genmodels import sections
@@ -40,9 +40,9 @@ def get_config(variant: str = ""):
     },
     data=sections.packed_text(2048),
     optim=sections.adamw(1e-3, warmup=40, kind="cosine", freeze=("^(?!heads/hydra)",)),
-    train={"steps": 470},
+    train={"steps": 940},
   )
-  cfg.batch_size = 128
+  cfg.batch_size = 64
   if variant == "tiny":
     sections.tiny_text(cfg)
   return cfg

@@ -2,12 +2,13 @@
 
   genmodels train --config configs/language/mtp.py:tiny --workdir runs/mtp
 
-The model's own predictions keep their bits, so what it drafts it can also verify. Groups of 8 masks tile a noisy
-copy of the text from a random origin, each behind its own prefix, blind to the others. Cross-entropy of the head
-and of the sampler head (two layers on the hidden state and the token before) and the distance to the model's own
-hidden states, summed with weight one (unverified); LoRA of rank 128 (unverified) on every matrix of the layers.
-The default variant has the shape of Tulu-3-8B, 50k steps (unverified). `genmodels train --from IMPORT` starts from
-a checkpoint; the tiny variant adapts a random model. Reported likelihoods are the base model's and do not move.
+The model's own predictions keep their bits, so what it drafts it can also verify. Groups of 8 masks tile a
+noisy copy of the text from a random origin, each behind its own prefix, blind to the others. Cross-entropy of
+the head and of the sampler head (two layers on the hidden state and the token before) and the distance to the
+model's own hidden states, summed with weight one (unverified); LoRA of rank 128 (unverified) on every matrix
+of the layers. The default variant has the shape of Tulu-3-8B, 50k steps (unverified). `genmodels train --from
+IMPORT` starts from a checkpoint; the tiny variant adapts a random model. Reported likelihoods are the base
+model's and do not move.
 """
 
 from genmodels import sections
@@ -16,7 +17,13 @@ VARIANTS = ("tiny",)
 
 
 def get_config(variant: str = ""):
-  llama3 = {"kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_len": 8192}
+  llama3 = {
+    "kind": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_len": 8192,
+  }
   masks = {"stream": "n", "align": "shift"}
   cfg = sections.system(
     "language/mtp",

@@ -39,13 +39,15 @@ def check(choice: str, cfg: TrunkConfig, adapted: Collection[str]) -> None:
     raise ConfigError("the run has no adapters", key="--adapters", value=choice, fix="leave it out")
   if choice == "merge" and adapted and cfg.lora.gated:
     raise ConfigError(
-      f"the adapters of {len(adapted)} sites are gated: they act at masked tokens only, and no single weight is what "
-      "both kinds of tokens see", key="--adapters", value=choice,
+      f"the adapters of {len(adapted)} sites are gated: they act at masked tokens only, and no single weight is "
+      "what both kinds of tokens see", key="--adapters", value=choice,
       fix="'peft' for the adapters alone, 'drop' for the base model, which they leave as it was",
     )  # fmt: skip
 
 
-def merged(value: Callable[[str], np.ndarray], adapted: Iterable[str], spec: Lora) -> Callable[[str], np.ndarray]:
+def merged(
+  value: Callable[[str], np.ndarray], adapted: Iterable[str], spec: Lora
+) -> Callable[[str], np.ndarray]:
   """`value` (leaf name → array) with adapters added into the kernels of the sites `adapted`.
 
   Layer by layer in float32, then rounded to the kernel's type: above the leaf itself one layer is in memory.
@@ -73,9 +75,9 @@ def write(
 ) -> dict[str, int]:  # fmt: skip
   """A PEFT folder: adapter_config.json and adapter_model.safetensors, one pair of tensors a site and layer.
 
-  Names and shapes are those of PEFT's LoRA on torch Linear modules: `<prefix><module>.lora_A.weight` [R, D] and
-  `….lora_B.weight` [O, R], scaled by lora_alpha/r. PEFT knows no gate: a gated adapter has gate.json beside it,
-  which says at which tokens it acts.
+  Names and shapes are those of PEFT's LoRA on torch Linear modules: `<prefix><module>.lora_A.weight` [R, D]
+  and `….lora_B.weight` [O, R], scaled by lora_alpha/r. PEFT knows no gate: a gated adapter has gate.json
+  beside it, which says at which tokens it acts.
 
   Args:
     values: leaf name → array. adapted: sites. dtype: of the tensors, "F32", "BF16" or "F16".
@@ -89,7 +91,7 @@ def write(
   """
   if not hf_names.LAYOUTS[layout].transpose:
     raise ConfigError(
-      "its modules hold q, k and v in one, or store weights as [in, out], and our adapters are of single sites",
+      "its modules hold q, k and v in one or store weights as [in, out]; our adapters are of single sites",
       key="--layout", value=layout, fix="--adapters merge",
     )  # fmt: skip
   spec = cfg.lora

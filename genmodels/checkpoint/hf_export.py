@@ -6,8 +6,8 @@
 
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer as it was
 imported and, for diffusion models, how they decode. An untouched import gives every tensor back bit for bit.
-Adapters are merged into the weights, or written as a PEFT folder (--adapters peft); draft heads, which no layout
-has tensors for, stay behind and are named. The folder is built beside DST and renamed at the end.
+Adapters are merged into the weights, or written as a PEFT folder (--adapters peft); draft heads, which no
+layout has tensors for, stay behind and are named. The folder is built beside DST and renamed at the end.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def export_folder(
     {"layout", "tensors", "bytes", "files", "step", "metadata", "notes"}.
 
   Raises:
-    ConfigError: a layout that cannot say what the model computes; nothing to take a config from; adapters that
-      cannot be merged or written.
+    ConfigError: a layout that cannot say what the model computes; nothing to take a config from; adapters
+      that cannot be merged or written.
     RestoreError: no checkpoint that verifies.
     ValueError: `dst` exists. Nothing is written then.
   """
@@ -192,8 +192,8 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   facts = checkpoint.manifest if isinstance(checkpoint, folder.Folder) else _json(root / CARRY / "facts.json")
   carried = root if isinstance(checkpoint, folder.Folder) else root / CARRY
   return Source(
-    cfg, tuple(kept), value, ours, resolved, carried if carried.is_dir() else None,
-    facts.get("layout", ""), facts.get("hf_dtypes", {}), facts.get("duplicates", []), step, tuple(adapted), notes,
+    cfg, tuple(kept), value, ours, resolved, carried if carried.is_dir() else None, facts.get("layout", ""),
+    facts.get("hf_dtypes", {}), facts.get("duplicates", []), step, tuple(adapted), notes,
   )  # fmt: skip
 
 
@@ -399,14 +399,18 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--tree", default="", help="model or ema (default: the average, where there is one)")
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
   parser.add_argument(
-    "--adapters", choices=hf_adapters.CHOICES, default="merge", help="merge, drop, or a PEFT folder of their own"
+    "--adapters",
+    choices=hf_adapters.CHOICES,
+    default="merge",
+    help="merge, drop, or a PEFT folder of their own",
   )
   parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file")
   args = parser.parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
   made = export_folder(
     args.src, args.dst, layout=args.layout, dtype=args.dtype, like=args.like, tree=args.tree, step=args.step,
-    shard_bytes=int(args.shard_gb * 2**30), adapters=args.adapters, say=lambda text: print(text, file=sys.stderr),
+    shard_bytes=int(args.shard_gb * 2**30), adapters=args.adapters,
+    say=lambda text: print(text, file=sys.stderr),
   )  # fmt: skip
   for note in made["notes"]:
     print(note)

@@ -20,11 +20,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Groups(Corruption):
-  """A noisy copy is cut into groups of k tokens, counted from an origin that is uniform per document and step.
+  """A noisy copy is cut into groups of k tokens, from an origin that is uniform per document and step.
 
   So every place of a document starts a group equally often. A group is all masks (whatever the role of its
-  tokens: nothing of it is there yet when it is drafted), and has a clean token before it; with `anchored`, its first
-  token is shown and k − 1 are masked. Tokens before the origin are shown and belong to no group.
+  tokens: nothing of it is there yet when it is drafted), and has a clean token before it; with `anchored`,
+  its first token is shown and k − 1 are masked. Tokens before the origin are shown and belong to no group.
 
   Fields:
     anchored: DFlash's groups (a clean anchor, then masks); else the mask groups of multi-token prediction.

@@ -181,8 +181,10 @@ class Head:
 
   def __post_init__(self):
     if self.kind == "draft" and (self.size is not None or self.tied or self.bias or self.depth < 1):
-      raise ValueError("a draft head has the vocabulary's size, depth ≥ 1 and its own words for an output weight: "
-                       "like, shared; not size, tied or bias")
+      raise ValueError(
+        "a draft head has the vocabulary's size, depth ≥ 1 and its own words for an output weight: "
+        "like, shared; not size, tied or bias"
+      )
     if self.given and self.kind != "draft" or self.given < 0:
       raise ValueError(f"given={self.given} of kind {self.kind!r}: a draft head is fed 0 or more embeddings")
     if self.kind == "flow" and (self.size is None or self.tied or self.forbid):

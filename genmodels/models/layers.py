@@ -81,8 +81,8 @@ class Linear(nn.Module):
         )
       if cfg.lora.gated and (x is None or route is None):
         raise ValueError(
-          f"{'/'.join(self.path)}: the adapter is gated (model.lora.gated) and no gate arrives: Inputs.route is "
-          "None (objective.adapters='masked' makes it), or the site lies outside of the layers, where "
+          f"{'/'.join(self.path)}: the adapter is gated (model.lora.gated) and no gate arrives: Inputs.route "
+          "is None (objective.adapters='masked' makes it), or the site lies outside of the layers, where "
           "model.lora.targets must not reach"
         )
       scale = cfg.lora.alpha / cfg.lora.rank
@@ -94,8 +94,10 @@ class Linear(nn.Module):
     if lora is not None:
       down = jnp.einsum(f"{ins},{ker[:n_in]}R->{outs[: len(ins) - n_in]}R", x, lora[0])
       wide = y + scale * jnp.einsum(f"{outs[: len(ins) - n_in]}R,R{ker[n_in:]}->{outs}", down, lora[1])
-      # Selected, not multiplied: adding a product of zeros would turn −0 into 0 and keep an overflow.
-      y = wide if route is None else jnp.where((route > 0).reshape(route.shape + (1,) * (y.ndim - 2)), wide, y)
+      # Selected, not multiplied by the gate: y + 0 would turn −0 into 0.
+      y = (
+        wide if route is None else jnp.where((route > 0).reshape(route.shape + (1,) * (y.ndim - 2)), wide, y)
+      )
     return y if bias is None else y + bias
 
 

@@ -80,7 +80,9 @@ def merge(params, cfg: TrunkConfig):
     ValueError: gated adapters: no single kernel is what both kinds of slots see.
   """
   if cfg.lora.gated:
-    raise ValueError("lora.merge: a gated adapter acts at some slots only, so it cannot become part of the kernel")
+    raise ValueError(
+      "lora.merge: a gated adapter acts at some slots only, so it cannot become part of the kernel"
+    )
 
   def visit(site, path):
     if "lora_a" not in site:

@@ -195,7 +195,9 @@ class Heads(nn.Module):
         h, weight = made[target.head](h, fed)
         trunk = cfg.head(head.like)
         weight = made[head.like][0] if weight is None else weight
-        read = dataclasses.replace(trunk, forbid=head.forbid, tied=trunk.tied and head.shared, chunk=head.chunk)
+        read = dataclasses.replace(
+          trunk, forbid=head.forbid, tied=trunk.tied and head.shared, chunk=head.chunk
+        )
         dists[term] = heads.Categorical(h, weight, None, valid, read, cfg.vocab)
       else:
         weight, bias = made[target.head]

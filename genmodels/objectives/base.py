@@ -80,9 +80,13 @@ class Term:
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
     if self.ahead and self.align != "shift" or self.ahead < 0:
-      raise ValueError(f"ahead is {self.ahead} with align {self.align!r}; it is at least 0, and 0 without 'shift'")
+      raise ValueError(
+        f"ahead is {self.ahead} with align {self.align!r}; it is at least 0, and 0 without 'shift'"
+      )
     if not 0 <= self.given <= self.ahead + 1 or self.given and self.align != "shift":
-      raise ValueError(f"given is {self.given}; a shifted head is fed at most the {self.ahead + 1} tokens since its slot")
+      raise ValueError(
+        f"given is {self.given}; a shifted head is fed at most the {self.ahead + 1} tokens since its slot"
+      )
     if not 0 < self.cart_p < 1:
       raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
 
@@ -127,8 +131,8 @@ class Objective:
       samplers decode; to be named where there are several.
     mask_id: id of the absorbing state; −1 takes it from the data's tokenizer.
     reproduction: permits a weight that is not the corruption's true marginal; every report says so.
-    adapters: where adapters act: at "all" slots, or at "masked" ones only (needs `model.lora.gated`; every other
-      slot computes the base model's bits).
+    adapters: where adapters act: at "all" slots, or at "masked" ones only (needs `model.lora.gated`; every
+      other slot computes the base model's bits).
   """
 
   corruption: Any = dataclasses.field(default_factory=lambda: {"kind": "clean"})

@@ -1,10 +1,10 @@
 """Multi-token prediction by masks (Samragh et al., "Your LLM Knows the Future", arXiv:2507.11851).
 
-Groups of k masks stand behind prefixes of the text; the mask in place of token j predicts token j + 1, from the
-prefix and the masks before it. Adapters act at masks only, so the model's own next-token predictions keep their
-bits. Three losses on the masks: cross-entropy of the model's head, cross-entropy of a small head that is told
-token j (the sampler head), and the distance of the hidden state to the one from which the model itself predicts
-token j + 1.
+Groups of k masks stand behind prefixes of the text; the mask in place of token j predicts token j + 1, from
+the prefix and the masks before it. Adapters act at masks only, so the model's own next-token predictions keep
+their bits. Three losses on the masks: cross-entropy of the model's head, cross-entropy of a small head that
+is told token j (the sampler head), and the distance of the hidden state to the one from which the model
+itself predicts token j + 1.
 
 Legend: B rows · N clean tokens · S slots.
 """

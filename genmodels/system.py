@@ -102,7 +102,7 @@ def _with_vocabulary(section, meta, objective) -> dict:
     section["vocab"] = int(meta["vocab"])
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():
-    whole = head.get("kind", "categorical") in ("categorical", "draft") and head.get("size") is None
+    whole = head.get("kind", "categorical") in ("categorical", "draft", "block") and head.get("size") is None
     if (
       whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head
     ):

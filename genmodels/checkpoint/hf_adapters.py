@@ -39,7 +39,7 @@ def check(choice: str, cfg: TrunkConfig, adapted: Collection[str]) -> None:
     raise ConfigError("the run has no adapters", key="--adapters", value=choice, fix="leave it out")
   if choice == "merge" and adapted and cfg.lora.gated:
     raise ConfigError(
-      f"the adapters of {len(adapted)} sites are gated: they act at masked tokens only, and no single weight is "
+      f"the adapters of {len(adapted)} sites are gated: they act at masks alone, and no single weight is "
       "what both kinds of tokens see", key="--adapters", value=choice,
       fix="'peft' for the adapters alone, 'drop' for the base model, which they leave as it was",
     )  # fmt: skip

@@ -25,6 +25,6 @@ def head_paths(cfg: TrunkConfig) -> dict[str, str]:
     if head.kind == "latent":
       return ""
     own = tied if head.tied else rf"^heads/{re.escape(name)}/"
-    return f"{own}|{weights(head.like)}" if head.shared else own
+    return f"{own}|{weights(head.like)}" if head.shared or head.kind == "block" else own
 
   return {name: weights(name) for name, _ in cfg.heads}

@@ -3,12 +3,16 @@
   Medusa   residual blocks on h_t, an output weight of its own     (Cai et al., arXiv:2401.10774 §2.1.1)
   Hydra    the same on [h_t; e(x_{t+1}); … e(x_{t+i})]             (Ankner et al., arXiv:2402.05109 §3)
   sampler  an MLP on [h; e(previous token)], the trunk's output    (Samragh et al., arXiv:2507.11851 §3.2)
+  DFlash   layers of its own over a block of masks and an anchor, which attend to hidden states of some of the
+           trunk's layers as to a second sequence                  (z-lab, arXiv:2602.06036)
 
-Legend: B rows · M read positions · S slots · D width · G tokens fed · V classes.
+Legend: B rows · M read positions · S slots of the trunk · N slots of the drafter · D width · G tokens fed
+· T tapped layers · V classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import pytree
-from genmodels.models import attend
-from genmodels.models.config import Head, TrunkConfig
-from genmodels.models.layers import Linear, Norm
+from genmodels.models import attend, rope
+from genmodels.models.config import Head, LayerSpec, Segment, TrunkConfig
+from genmodels.models.layers import Linear, Norm, rope_key, trunk_norm
 
 Array = jax.Array
 
@@ -46,6 +50,54 @@ class Draft(nn.Module):
       return h, None
     weight, _ = Linear(cfg, "bmd,dv->bmv", (D, cfg.vocab_padded), ("embed", "vocab"), name="out")()
     return h, weight
+
+
+class BlockDrafter(nn.Module):
+  """Hidden states [B, N, D] of blocks that are drafted in one call.
+
+  The tapped states are joined by one matrix and a norm; every layer makes keys and values of them (of the
+  same
+  vectors: they do not pass through the layers) beside those of its own slots. Embeddings and output weight
+  are the trunk's.
+  """
+
+  cfg: TrunkConfig
+  head: Head
+
+  @nn.compact
+  def __call__(self, taps: Array, pos: Array, given: Any, tables):
+    """States of the drafter's slots.
+
+    Args:
+      taps: [len(cfg.taps), B, S, D]; pos: float32[B, S, A] of the trunk's slots. given: {"ids": int32[B, N],
+      "pos": float32[B, N, A], "mask": AttnMask of N queries over S + N keys, those of
+        the trunk's slots first}.
+    """
+    from genmodels.models.trunk import Stack  # here: it is made of these heads
+
+    cfg, head, D = self.cfg, self.head, self.cfg.width
+    own = dataclasses.replace(
+      cfg, segments=(Segment((LayerSpec(),), head.depth),), heads=(), lora=None, adaln="none", cond=()
+    )
+    taps = jnp.stack([taps[cfg.taps.index(i)] for i in head.taps])
+    shape = len(head.taps), D, D
+    memory = Linear(cfg, "tbsd,tde->bse", shape, (None, "embed", "mlp"), name="join")(taps)
+    memory = Norm(cfg, "rms", name="join_norm")(memory)
+    x = attend.lookup(tables["tokens"], given["ids"], True) * cfg.embed_scale
+    where = jnp.concatenate([pos, given["pos"]], 1)
+    at = lambda p: rope.angles(cfg.rope, cfg.rope_axes, p, cfg.rope.base, cfg.rope.scaling)
+    key = rope_key(own, LayerSpec())
+    ctx = {"rope": {key: at(given["pos"])}, "key_rope": {key: at(where)}, "memory": memory}
+    if not self.is_initializing():
+      tiles = cfg.attention_tiles
+      ctx["plans"] = attend.plans({"full": given["mask"]}, len(x), cfg.attention, tiles=tiles)
+    (x, _), _ = Stack(own, name="stack")((x.astype(memory.dtype), None), None, ctx)
+    return trunk_norm(own, "final_norm")(x)
+
+
+def empty_block() -> dict:
+  """What a BlockDrafter is initialised with: one slot."""
+  return {"ids": jnp.zeros((1, 1), jnp.int32), "pos": jnp.zeros((1, 1, 1)), "mask": None}
 
 
 @pytree()

@@ -185,11 +185,18 @@ class Attention(nn.Module):
     D, H, G, K = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     route = ctx.get("route")
 
-    def project(site, heads, axis):
+    # Keys of a second sequence ("memory") stand before those of the slots; it is the same in every layer.
+    both = jnp.concatenate([ctx["memory"], x], 1) if "memory" in ctx else x
+
+    def project(site, heads, axis, x):
       eqn, axes = "bsd,dhk->bshk", ("embed", axis, "head_dim")
       return Linear(cfg, eqn, (D, heads, K), axes, site in cfg.bias, name=site)(x, route)
 
-    q, k, v = project("q", H, "heads"), project("k", G, "kv_heads"), project("v", G, "kv_heads")
+    q, k, v = (
+      project("q", H, "heads", x),
+      project("k", G, "kv_heads", both),
+      project("v", G, "kv_heads", both),
+    )
     scale = K**-0.5 if cfg.attn_scale is None else cfg.attn_scale
     if cfg.qk_norm == "rms":
       q, k = Norm(cfg, "rms", name="q_norm")(q), Norm(cfg, "rms", name="k_norm")(k)
@@ -201,7 +208,8 @@ class Attention(nn.Module):
       k, scale = unit(k).astype(x.dtype), 1.0
     if cfg.rope is not None:
       cos, sin = ctx["rope"][rope_key(cfg, spec)]
-      q, k = rotate(q, cos, sin, cfg.rope.pairing), rotate(k, cos, sin, cfg.rope.pairing)
+      q = rotate(q, cos, sin, cfg.rope.pairing)
+      k = rotate(k, *ctx.get("key_rope", ctx["rope"])[rope_key(cfg, spec)], cfg.rope.pairing)
     q = checkpoint_name(constrain(q, ("batch", "seq", "act_heads", None)), "q")
     k = checkpoint_name(constrain(k, ("batch", "seq", "act_kv_heads", None)), "k")
     v = checkpoint_name(constrain(v, ("batch", "seq", "act_kv_heads", None)), "v")

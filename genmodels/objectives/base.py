@@ -32,7 +32,7 @@ from genmodels.parallel import current_mesh
 Array = jax.Array
 
 ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
-WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart")
+WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart", "decay")
 NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
 
 
@@ -51,8 +51,9 @@ class Term:
     given: tokens right before the predicted one that the head is fed, see `models.Head.given`.
     on: "hit" scores corrupted tokens only, "all" every TEXT token.
     weight: "one", "inverse_marginal" = 1/P(hit), "nelbo" = the corruption's bound weight, "cart" = by the
-      distance of the tokens that are shown, see `rows.geometric_context`.
-    cart_p: decay of "cart".
+      distance of the tokens that are shown, see `rows.geometric_context`; "decay" = exp(−(k − 1)/decay) for
+      the k-th token of a block (0 the first), as a draft is worth less the more must be right before it.
+    cart_p: decay of "cart". decay: of "decay".
     normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
       mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
     scale: λ of the term, a number or a schedule; reports stay unscaled.
@@ -66,6 +67,7 @@ class Term:
   on: str = "all"
   weight: str = "one"
   cart_p: float = 0.1
+  decay: float = 7.0
   normaliser: str = "all_valid"
   scale: Schedule = 1.0
 
@@ -87,6 +89,8 @@ class Term:
       raise ValueError(
         f"given is {self.given}; a shifted head is fed at most the {self.ahead + 1} tokens since its slot"
       )
+    if self.decay <= 0:
+      raise ValueError(f"decay is {self.decay}; it must be positive")
     if not 0 < self.cart_p < 1:
       raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
 
@@ -298,6 +302,9 @@ class Objective:
     elif term.weight == "cart":
       shown = (row.doc >= 0) & ~noise.hit[:, copy]
       weight = weight * rows.geometric_context(row.doc, shown, term.cart_p)
+    elif term.weight == "decay":
+      place = rows.coordinates(row.doc) - noise.blk_lo
+      weight = weight * jnp.exp(-(place - 1) / term.decay)
     doc_lo, doc_hi = rows.doc_bounds(row.doc)
     if term.normaliser == "answer_len":
       weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)
@@ -379,7 +386,7 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
-  from genmodels.objectives.drafts import MultiToken
+  from genmodels.objectives.drafts import BlockDraft, MultiToken
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
 
@@ -387,6 +394,7 @@ def registry() -> dict[str, type]:
     "tokens": Objective,
     "block_distill": BlockDistill,
     "multi_token": MultiToken,
+    "block_draft": BlockDraft,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,

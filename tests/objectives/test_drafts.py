@@ -247,7 +247,7 @@ def test_heads_are_fed_the_tokens_before_theirs():
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("mtp", "medusa", "hydra")]
+  "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("mtp", "medusa", "hydra", "dflash")]
 )
 def test_steps_leave_the_frozen_model_alone(name):
   """Some steps move what the system trains and no bit of anything else; what it drafts gets better."""

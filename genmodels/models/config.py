@@ -155,7 +155,8 @@ class Head:
     width, depth: flow: the MLP's width (None: the trunk's) and residual blocks. draft: blocks. block: layers.
     given: draft only: tokens before the predicted one whose embeddings are fed besides the hidden state.
     block: draft only: "residual" h + silu(W·[h; e]), W starting at 0, or "mlp" norm(silu(W·[h; e])).
-    like: draft, block: the head whose output weight it starts from, or uses if `shared` (a block always does).
+    like: draft, block: the head whose output weight it starts from, or uses if `shared` (a block always
+      does).
     taps: block only: layers of the trunk whose outputs it reads.
     time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
   """

@@ -69,7 +69,7 @@ class MultiToken(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class BlockDraft(Objective):
-  """The composed objective of two streams, of which the trunk gets the clean one and a block head the noisy one.
+  """The composed objective of two streams: the trunk gets the clean one, a block head the noisy one.
 
   One table of relations says what both see. The noisy slots are queries over the keys of the trunk's slots
   (its tapped states) and over their own.
@@ -79,7 +79,7 @@ class BlockDraft(Objective):
     super().__post_init__()
     if self.layout.streams != ("n", CLEAN) or self.layout.placement != "none":
       raise ValueError(
-        f"layout has streams {self.layout.streams} and placement {self.layout.placement!r}; a block head takes "
+        f"layout has streams {self.layout.streams}, placement {self.layout.placement!r}; a block head takes "
         "the first half of the slots: streams=('n', 'c'), placement='none'"
       )
 

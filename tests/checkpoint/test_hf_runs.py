@@ -282,6 +282,24 @@ def test_gated_adapters_are_not_merged(tmp_path):
     )
 
 
+def test_draft_heads_stay_behind(tmp_path):
+  """They have no tensor in any layout: the trunk is exported as it came, and the run says what it keeps."""
+  src, _, done = folders.imported(tmp_path)
+  leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}
+  section = json.loads((done.directory / "config.json").read_text())["model"]
+  drafts = {"draft1": {"kind": "draft", "depth": 1}, "block": {"kind": "block", "depth": 1, "taps": (0, 2)}}
+  section |= {"heads": {**section["heads"], **drafts}}
+  shapes = state.param_paths(models.build(hf_import.tuples(section)).abstract_params())
+  more = {n: np.zeros(x.shape, np.float32) for n, x in shapes.items() if n not in leaves}
+  assert {n.split("/")[1] for n in more} == {"draft1", "block"}
+  run = workdir(tmp_path / "run", done, {"model": leaves | more}, model=section)
+  made = hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3", like=str(src))
+  assert made["notes"] == ("draft heads stay in the run: block, draft1",)
+  before = tensors.folder(src)
+  for name, t in tensors.folder(tmp_path / "out").items():
+    np.testing.assert_array_equal(t.open(), before[name].open())
+
+
 def test_hidden_averages_are_not_dropped(tmp_path):
   _, _, done = folders.imported(tmp_path)
   leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}

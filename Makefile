@@ -22,6 +22,7 @@ PYTEST  := JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 # What `make test` runs. Bits are compared at XLA's full optimisation; the rest compiles twice as fast without.
 FAST   := not (slow or full or parity or aot or multiprocess)
+LONG   := (slow or parity) and not (full or aot or multiprocess)
 FAST_XLA := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 COMPAT_TESTS ?= compat and not (full or aot or multiprocess)
 # pytest's exit code 5, "no tests selected", is no failure of a group.
@@ -49,7 +50,8 @@ test: $(VENV)/.stamp-dev
 
 # What test-all adds to test: reference parity, long tests, own processes, TPU compiles (libtpu: one process).
 test-extra: $(VENV)/.stamp-dev $(VENV)/.stamp-parity $(VENV)/.stamp-tpu
-	$(PYTEST) -n $(WORKERS) -m "(slow or parity) and not (full or aot or multiprocess)" $(ARGS) $(OR_EMPTY)
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "$(LONG) and not strict" $(ARGS) $(OR_EMPTY)
+	$(PYTEST) -n $(WORKERS) -m "$(LONG) and strict" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "multiprocess and not full" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "aot and not (full or multiprocess)" $(ARGS) $(OR_EMPTY)
 

@@ -49,13 +49,25 @@ def losses(workdir) -> dict[int, float]:
 
 # ---- every system
 
+# One of each kind of objective, layout and latent: test-all trains these, test-full all of them.
+FAMILIES = (
+  "language/ar",
+  "language/bd3lm",
+  "vision/raster_digits",
+  "vision/next_scale_digits",
+  "multimodal/flow_digits",
+)
+
 
 def overrides_of(name, steps, corpus):
   text = corpus if name.startswith("language/") else ()
   return (f"train.steps={steps}", "train.log_every=1", "train.save_every=0", "optim.schedule.warmup=2", *text)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in config.names()])
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=pytest.mark.slow if n in FAMILIES else pytest.mark.full) for n in config.names()],
+)
 def test_every_system_trains(name, tmp_path, corpus):
   """30 steps of every tiny variant: finite, and lower at the end than at the start."""
   more = ("eval.every=30", "eval.documents=8", "train.sample_every=30")
@@ -67,15 +79,6 @@ def test_every_system_trains(name, tmp_path, corpus):
   assert math.isfinite(records(tmp_path)[30]["eval/bits_per_token"])
   assert list((tmp_path / "samples").iterdir())
   assert "done: step 30" in out
-
-
-FAMILIES = (
-  "language/ar",
-  "language/bd3lm",
-  "vision/raster_digits",
-  "vision/next_scale_digits",
-  "multimodal/flow_digits",
-)
 
 
 @pytest.mark.slow

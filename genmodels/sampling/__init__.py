@@ -3,11 +3,13 @@
 from genmodels.sampling import quota
 from genmodels.sampling.cache import POLICIES, CachePolicy
 from genmodels.sampling.config import Guidance, SamplerConfig, at_step, build
-from genmodels.sampling.loop import Result, Sampler, State, prompt_row
+from genmodels.sampling.loop import Sampler
 from genmodels.sampling.run import Run, during_training, load_run, sampler_of
+from genmodels.sampling.state import Ask, Result, State, prompt_row
 
 __all__ = [
   "POLICIES",
+  "Ask",
   "CachePolicy",
   "Guidance",
   "Result",

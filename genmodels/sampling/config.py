@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import cache, draw, quota
+from genmodels.sampling import active, cache, commit, drafting, draw, quota
 from genmodels.sampling.loop import Sampler
 
 
@@ -80,6 +80,8 @@ class SamplerConfig:
     forbid: ids never drawn, besides the mask id.
     term: the term whose head decodes; "" is the one of the likelihood.
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
+    draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
+    verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
   """
@@ -97,12 +99,18 @@ class SamplerConfig:
   forbid: tuple[int, ...] = ()
   term: str = ""
   length: int = 0
+  draft: Any = ""
+  verify: Any = "auto"
 
   def __post_init__(self):
     section = {"kind": self.quota} if isinstance(self.quota, str) else self.quota
     object.__setattr__(self, "quota", config.build_kind(quota.REGISTRY, section, "quota"))
     section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
     object.__setattr__(self, "guidance", config.build(Guidance, section, "guidance"))
+    if self.draft:
+      object.__setattr__(self, "draft", drafting.drafter(self.draft))
+    if self.verify != "auto":
+      object.__setattr__(self, "verify", drafting.rule(self.verify))
     if self.temperature < 0:
       raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
     if not 0 < self.top_p <= 1:
@@ -137,7 +145,7 @@ def at_step(objective, step: int, block: int = 0):
   ), trained
 
 
-def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -> Sampler:
+def build(section, objective, model, *, latent=None, meta=None, step: int = 0, load=None) -> Sampler:
   """The sampler of an objective and a model.
 
   Args:
@@ -145,6 +153,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     latent: the bound latent that the objective's view needs.
     meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
+    load: workdir → (Sampler of that run, its parameters), for drafts of another model.
 
   Raises:
     ConfigError: a setting that does not fit the objective: key, value, reason, fix.
@@ -211,7 +220,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity = max(blocks.sizes)
   else:
     capacity = 0 if whole else int(blocks.size(0))
-  return Sampler(
+  sampler = Sampler(
     cfg=dataclasses.replace(cfg, eos=eos),
     objective=objective,
     model=model,
@@ -224,6 +233,9 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity=capacity,
     denoises=denoises,
     policy=policy,
+    active=active.Units(),
     choice=draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(forbid))),
     quota=chosen,
+    commit=commit.Anywhere(),
   )
+  return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from genmodels.contracts import Row
+from genmodels.contracts import Row, pytree
 from genmodels.corruption import rng
 
 Array = jax.Array
@@ -68,6 +68,18 @@ def top_p_filter(z: Array, p: float) -> Array:
   return jnp.where(prob >= least, z, -jnp.inf)
 
 
+@pytree()
+class Picked:
+  """A token for each asked slot.
+
+  Fields:
+    token: int32[…]. score: float32[…], how sure the model is of it.
+  """
+
+  token: Array
+  score: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """How one token is chosen and how sure it is; see the fields of SamplerConfig."""
@@ -85,8 +97,24 @@ class Choice:
       z = z.at[..., np.array(self.forbid)].set(-jnp.inf)
     return z
 
-  def __call__(self, logits: Array, k0: Array, k1: Array) -> tuple[Array, Array]:
-    """Token int32[c] and score float32[c] of logits [c, V], with keys uint32[c].
+  def law(self, logits: Array) -> Array:
+    """float32[c, V], the distribution that tokens of logits [c, V] are drawn from: temperature and filters
+    applied, one-hot at temperature 0."""
+    z = self.logits(logits)
+    if self.temperature == 0:
+      return jax.nn.one_hot(jnp.argmax(z, -1), z.shape[-1])
+    return jax.nn.softmax(self.filtered(z), -1)
+
+  def filtered(self, z: Array) -> Array:
+    """Logits [c, V] under the temperature (above 0) and the filters."""
+    return top_p_filter(top_k_filter(z / self.temperature, self.top_k), self.top_p)
+
+  def nothing(self, *shape: int) -> Picked:
+    """A Picked without content."""
+    return Picked(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+  def __call__(self, logits: Array, k0: Array, k1: Array) -> Picked:
+    """A token for each of the logits [c, V], with keys uint32[c].
 
     The score is that of the distribution itself, in float32: temperature and filters shape what is
     drawn, not how confident the model is.
@@ -94,11 +122,11 @@ class Choice:
     raw = self.logits(logits)
     z = raw
     if self.temperature > 0:
-      z = top_p_filter(top_k_filter(raw / self.temperature, self.top_k), self.top_p)
+      z = self.filtered(raw)
       z = z + gumbel(k0, k1, z.shape[-1])
     token = jnp.argmax(z, -1).astype(jnp.int32)
     if self.score == "random":
-      return token, rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0])
+      return Picked(token, rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0]))
     logp = jax.nn.log_softmax(raw, -1)
     if self.score == "margin":
       two = jnp.exp(jax.lax.top_k(logp, 2)[0])
@@ -107,7 +135,7 @@ class Choice:
       score = jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0), -1)
     else:
       score = jnp.exp(jnp.take_along_axis(logp, token[..., None], -1)[..., 0])
-    return token, score
+    return Picked(token, score)
 
 
 def uniforms(keys: tuple[Array, Array]) -> Array:

@@ -25,6 +25,8 @@ class Unit:
   Fields:
     can: bool[B, M], masked tokens that this forward predicts.
     score: float32[B, M], how sure the model is of them.
+    rank: float32[B, M], what orders them: the score, or what a commit rule puts in its place.
+    least: int32[B], how many are committed at the least.
     k: int32[B], steps taken in this unit. size: int32[B], masked tokens at its start.
     level: float32[B], noise level t, 1 at the start of the unit.
     token_u: float32[B, M], row_u: float32[B], fresh uniforms.
@@ -32,6 +34,8 @@ class Unit:
 
   can: Array
   score: Array
+  rank: Array
+  least: Array
   k: Array
   size: Array
   level: Array
@@ -86,7 +90,7 @@ class Linear(Quota):
 
   def select(self, unit):
     count = unit.size // self.steps + (unit.k < unit.size % self.steps)
-    commit = best(unit, unit.score, count)
+    commit = best(unit, unit.rank, count)
     return commit, share(unit, commit)
 
 
@@ -98,7 +102,7 @@ class Cosine(Linear):
     r = (unit.k + 1) / self.steps
     stay = jnp.floor(unit.size * jnp.cos(jnp.pi / 2 * jnp.minimum(r, 1.0)) + 1e-4).astype(jnp.int32)
     count = jnp.clip(unit.left - jnp.where(r >= 1, 0, stay), 1, None)
-    commit = best(unit, unit.score, count)
+    commit = best(unit, unit.rank, count)
     return commit, share(unit, commit)
 
 
@@ -112,7 +116,7 @@ class Threshold(Quota):
     return size
 
   def select(self, unit):
-    commit = best(unit, unit.score, jnp.ones_like(unit.k)) | (unit.can & (unit.score > self.tau))
+    commit = best(unit, unit.rank, unit.least) | (unit.can & (unit.score > self.tau))
     return commit, share(unit, commit)
 
 

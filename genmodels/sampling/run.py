@@ -24,7 +24,8 @@ from genmodels.contracts import Row
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling.config import SamplerConfig, at_step, build
-from genmodels.sampling.loop import Result, Sampler, prompt_row
+from genmodels.sampling.loop import Sampler
+from genmodels.sampling.state import Result, prompt_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +143,15 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
     # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
     meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
-    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step)
+    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step, load=_drafting)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
+
+
+def _drafting(workdir: str) -> tuple[Sampler, Any]:
+  """A run that drafts for another one: its plain sampler and its parameters."""
+  run = load_run(workdir)
+  return sampler_of(run.parts, run.step, {}), run.trees["model"]
 
 
 def _meta(specials) -> dict:

@@ -18,6 +18,7 @@ from genmodels.objectives import laws
 from genmodels.step import StepConfig, make_train_step
 from tests.objectives.test_text import KEY, MASK, V, rows
 
+SYSTEMS = ("mtp", "medusa", "hydra", "dflash")
 SMALL = dict(width=32, layers=2, num_heads=4, num_kv_heads=2, mlp=48, init_std=0.3)
 
 
@@ -247,7 +248,8 @@ def test_heads_are_fed_the_tokens_before_theirs():
 
 
 @pytest.mark.parametrize(
-  "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("mtp", "medusa", "hydra", "dflash")]
+  "name",
+  [pytest.param(n, marks=pytest.mark.full if n == "medusa" else pytest.mark.slow) for n in SYSTEMS],
 )
 def test_steps_leave_the_frozen_model_alone(name):
   """Some steps move what the system trains and no bit of anything else; what it drafts gets better."""

@@ -32,15 +32,18 @@ def target(name, temperature=0.0):
   return sampler, params, jax.tree.map(np.asarray, sampler(params, S.row(), KEY))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["medusa", "hydra", "mtp"])
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param("medusa", marks=pytest.mark.full)]
+  + [pytest.param(n, marks=pytest.mark.slow) for n in ("hydra", "mtp")],
+)
 def test_untrained_drafts_keep_the_greedy_ids(name):
   sampler, params, want = target(name)
   result = speculate.build(sampler, DRAFTER[name])(params, S.row(), KEY)
   assert_same(result, want)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sampled_drafts_are_drawn_from_what_they_say():
   """Rejection needs honest logits: drafted tokens have the law of `Draft.logits`, head by head."""
   sampler, params, _ = target("hydra", 1.0)

@@ -2,6 +2,7 @@
 #
 #   make quickstart   train, convert, evaluate and sample on this machine; writes a report
 #   make test         the fast tests            make test-all    fast ones and all that CI runs, test-compat too
+#   make study-conversion   one AR model and every conversion recipe from it: figures and tables; resumes
 #   make smoke        two minutes: train, kill, resume, sample
 #   make test-compat  the `compat` subset on a newer Python and jax, where one is found
 #   make setup lint docs bench test-full clean
@@ -32,7 +33,7 @@ OR_EMPTY := || [ $$? -eq 5 ]
 NEWER := $(or $(PYTHON_COMPAT),python3.12 python3.13 python3.14 python3 \
   $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3)))
 
-.PHONY: setup quickstart smoke test test-extra test-all test-full test-compat compat-run lint docs bench clean
+.PHONY: setup quickstart study-conversion smoke test test-extra test-all test-full test-compat compat-run lint docs bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.stamp-core
@@ -40,6 +41,10 @@ setup: $(VENV)/.stamp-core
 
 quickstart: $(VENV)/.stamp-core
 	$(BIN)/genmodels quickstart $(ARGS)
+
+# One AR model, every conversion recipe from it, figures and tables; prints how long it will take, and resumes.
+study-conversion: $(VENV)/.stamp-core
+	$(BIN)/python -m genmodels.studies.conversion $(ARGS)
 
 smoke: $(VENV)/.stamp-core
 	$(BIN)/genmodels quickstart --smoke $(ARGS)

@@ -24,6 +24,11 @@ VERBS = {
   "train": ("genmodels.train", "train a config in a workdir, or continue it"),
   "sample": ("genmodels.sampling.main", "draw samples from a workdir or an import"),
   "eval": ("genmodels.evals.main", "evaluate a workdir or an import: bits per token and per byte"),
+  "lm-eval": (
+    "genmodels.evals.harness",
+    "tasks of the EleutherAI evaluation harness on a workdir or an import",
+  ),
+  "curve": ("genmodels.evals.curve", "error against parallelism: a table and a plot"),
   "systems": ("genmodels.systems", "list the systems: paper, variants, tests"),
 }
 

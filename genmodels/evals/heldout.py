@@ -156,20 +156,27 @@ class Evaluator:
     yield from self._rows(pieces, N, self.batch_size)
 
   def _rows(self, pieces, N: int, B: int):
-    """Batches [B, N] of pieces (text, index, ids, tokens given), one a row."""
-    meta = self.data.meta
-    for first in range(0, len(pieces), B):
-      tokens = np.full((B, N), max(meta.specials.get("pad", 0), 0), np.int32)
-      doc, role = np.full((B, N), -1, np.int32), np.zeros((B, N), np.int32)
-      example = np.zeros((B, 1, 2), np.uint32)
-      for b, (i, j, ids, given) in enumerate(pieces[first : first + B]):
-        tokens[b, : len(ids)], doc[b, : len(ids)], role[b, given : len(ids)] = ids, 0, 1
-        example[b, 0] = i, j
-      zero = np.zeros((B, 1), np.int32)
-      yield {
-        "tokens": tokens, "doc": doc, "role": role,
-        "modality": np.zeros_like(doc), "index": np.full_like(doc, -1),
-        "pos": np.tile(np.arange(N, dtype=np.float32)[None, :, None], (B, 1, meta.axes)),
-        "example_id": example, "occurrence": zero, "mode": zero, "source": zero,
-        "rank": np.stack([np.arange(B), np.full(B, B)], -1)[:, None].astype(np.int32),
-      }  # fmt: skip
+    return piece_batches(pieces, N, B, self.data.meta)
+
+
+def piece_batches(pieces, N: int, B: int, meta):
+  """Batches [B, N] of pieces (text, index, ids, tokens given), one a row; the given ones are CONTEXT.
+
+  Args:
+    meta: data.Meta: the padding id and the number of position axes.
+  """
+  for first in range(0, len(pieces), B):
+    tokens = np.full((B, N), max(meta.specials.get("pad", 0), 0), np.int32)
+    doc, role = np.full((B, N), -1, np.int32), np.zeros((B, N), np.int32)
+    example = np.zeros((B, 1, 2), np.uint32)
+    for b, (i, j, ids, given) in enumerate(pieces[first : first + B]):
+      tokens[b, : len(ids)], doc[b, : len(ids)], role[b, given : len(ids)] = ids, 0, 1
+      example[b, 0] = i, j
+    zero = np.zeros((B, 1), np.int32)
+    yield {
+      "tokens": tokens, "doc": doc, "role": role,
+      "modality": np.zeros_like(doc), "index": np.full_like(doc, -1),
+      "pos": np.tile(np.arange(N, dtype=np.float32)[None, :, None], (B, 1, meta.axes)),
+      "example_id": example, "occurrence": zero, "mode": zero, "source": zero,
+      "rank": np.stack([np.arange(B), np.full(B, B)], -1)[:, None].astype(np.int32),
+    }  # fmt: skip

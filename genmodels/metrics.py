@@ -63,7 +63,7 @@ class ModelFlops:
   """The numbers of a model that its FLOPs follow from.
 
   Fields:
-    trunk: matrix weights every slot passes through.
+    trunk: matrix weights every slot passes through; of a stack of experts, those of the ones it is routed to.
     frozen: those of them that are not trained (adapters on a frozen base): no weight gradient.
     cond: matrix weights every entry of the condition table passes through (AdaLN).
     heads: {head: matrix weights of a read position}.
@@ -85,6 +85,7 @@ def model_flops(
   attention: Mapping[str, int],
   heads: Mapping[str, str],
   trainable: Any = None,
+  active: Mapping[str, tuple[int, int]] | None = None,
 ) -> ModelFlops:
   """ModelFlops from the parameters and the names of their axes.
 
@@ -95,14 +96,22 @@ def model_flops(
     heads: {head: regex of the paths of its weights, "" for none}; a tied head names the embedding table.
       Other matrices belong to the trunk, other tables cost nothing.
     trainable: bool tree like the parameters (`optim.trainable`); None is all.
+    active: {regex of paths: (k, n)}, stacks of n experts of which a slot passes through k.
 
   Raises:
-    ValueError: a head without weights.
+    ValueError: a head without weights; a stack of experts that `active` does not name.
   """
   params = state.param_paths(abstract_params)
   axes = state.param_paths(logical_axes, is_leaf=lambda x: isinstance(x, tuple))
   trained = {p: True for p in params} if trainable is None else state.param_paths(trainable)
   size = {p: math.prod(leaf.shape) for p, leaf in params.items()}
+  for p in [p for p in params if "expert" in axes[p]]:
+    shares = [share for pattern, share in (active or {}).items() if re.search(pattern, p)]
+    if not shares:
+      raise ValueError(
+        f"metrics: {p} is a stack of experts; `active` must say how many a slot passes through"
+      )
+    size[p] = size[p] * shares[0][0] // shares[0][1]
   kind = {p: optim.role(tuple(axes[p]))[0] for p in params}
   by_head = {}
   for head, pattern in heads.items():

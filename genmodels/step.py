@@ -105,7 +105,7 @@ def make_train_step(
     "update_norm", "skipped"; and trees "work" (objectives.base.work by network) and "source"
     {term: {"sum", "weight"}[sources]}.
   """
-  scales = {name: t.scale for name, t in objective.terms.items()}
+  scales = objective.scales
 
   def denominators(row, key, step):
     return objective.denominators(row, key, step, latent)
@@ -116,6 +116,10 @@ def make_train_step(
       drop = jax.random.fold_in(jax.random.fold_in(key, step), index)
       nets = bind(fns, {**trees, "model": params}, latent, key=drop)
       sums, _, aux = objective.run(nets, row, key, step)
+      if lost := sorted(set(total) - set(sums)):
+        raise ValueError(
+          f"{type(objective).__name__}.run sums no {', '.join(lost)}: end it with self.routed(…)"
+        )
       loss = sum(scales[t](step) * s / jnp.maximum(total[t], 1e-6) for t, s in sums.items())
       # Per-token values become sums here, so that micro-batches add up.
       source = {

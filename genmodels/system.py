@@ -124,6 +124,11 @@ def _agree(objective, model) -> None:
         f"its head takes {heads[term.head].given} tokens", key=f"objective.terms.{name}.given",
         value=term.given, fix=f"{heads[term.head].given}, or model.heads.{term.head}.given={term.given}",
       )  # fmt: skip
+  if objective.router.scales and model.cfg.moe is None:
+    raise ConfigError(
+      f"the model has no experts for {', '.join(objective.router.scales)}", key="objective.router",
+      value=None, fix="leave it out, or set model.moe",
+    )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(

@@ -155,7 +155,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
   attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
-  flops = metrics.model_flops(program.shapes, program.axes, attention, heads, program.moving)
+  active = models.active_experts(model.cfg)
+  flops = metrics.model_flops(program.shapes, program.axes, attention, heads, program.moving, active)
   start = int(state.step)
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()

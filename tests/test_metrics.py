@@ -41,6 +41,27 @@ def test_model_flops_counts_matrices_once_and_tables_never():
     metrics.model_flops(PARAMS, AXES, ATTENTION, {"image": "codes"})
 
 
+def test_experts_count_as_far_as_a_slot_passes_through_them():
+  shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
+  params = {"mlp": {"experts": {"up": shape(3, 8, 4, 5)}, "router": shape(3, 4, 8)}}
+  axes = {
+    "mlp": {
+      "experts": {"up": ("layers", "expert", "expert_embed", "mlp")},
+      "router": ("layers", "embed", None),
+    }
+  }
+  m = metrics.model_flops(params, axes, {}, {}, active={"/experts/": (2, 8)})
+  assert m.trunk == 3 * 2 * 4 * 5 + 3 * 4 * 8
+  assert (
+    metrics.model_flops(
+      params, axes, {}, {}, {"mlp": {"experts": {"up": False}, "router": True}}, {"/experts/": (2, 8)}
+    ).frozen
+    == 120
+  )
+  with pytest.raises(ValueError, match="mlp/experts/up is a stack of experts"):
+    metrics.model_flops(params, axes, {}, {})
+
+
 def test_step_flops_is_the_stated_convention():
   m = metrics.model_flops(PARAMS, AXES, ATTENTION, {"text": "^head$"})
   work = {"slots": 640, "pairs": {"full": 5_000_000_000, "local": 100}, "reads": {"text": 320}, "entries": 5}

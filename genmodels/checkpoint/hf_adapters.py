@@ -60,8 +60,8 @@ def merged(
       return value(name)
     kernel = np.array(value(name))
     stacked, _ = lora.split(site)
-    parts = kernel, value(site + A), value(site + B)
-    for out, a, b in zip(*(parts if stacked else [x[None] for x in parts]), strict=True):
+    each = lambda x: x.reshape(-1, *x.shape[stacked:])  # one layer, or one expert of one, at a time
+    for out, a, b in zip(each(kernel), each(value(site + A)), each(value(site + B)), strict=True):
       update = np.tensordot(np.asarray(a, np.float32), np.asarray(b, np.float32), 1)
       out[...] = (out.astype(np.float32) + spec.alpha / spec.rank * update).astype(out.dtype)
     return kernel
@@ -93,6 +93,12 @@ def write(
     raise ConfigError(
       "its modules hold q, k and v in one or store weights as [in, out]; our adapters are of single sites",
       key="--layout", value=layout, fix="--adapters merge",
+    )  # fmt: skip
+  stacked = [site for site in adapted if lora.split(site)[0] > 1]
+  if stacked:
+    raise ConfigError(
+      f"adapters of stacked experts ({stacked[0]}) have no module of their own", key="model.lora.targets",
+      value=cfg.lora.targets, fix="--adapters merge",
     )  # fmt: skip
   spec = cfg.lora
   bare = [e for e in hf_names.entries(cfg, layout) if e.leaf.endswith("/kernel")]

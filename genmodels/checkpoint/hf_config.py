@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from genmodels.checkpoint import hf_moe
+from genmodels.checkpoint.hf_moe import refuse as _refuse
 from genmodels.config import ConfigError
 from genmodels.models import LayerSpec, Scaling, Segment, TrunkConfig, layer_path
 from genmodels.models import config as trunk_config
@@ -22,7 +24,8 @@ ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-# model_type of a config.json → layout (hf_names.LAYOUTS); DiffuLLaMA calls itself llama, its tensors tell.
+# model_type of a config.json → layout (hf_names.LAYOUTS); DiffuLLaMA calls itself llama, its tensors tell;
+# LLaDA-MoE calls itself llada, its keys tell.
 MODEL_TYPES = {
   "llama": "llama",
   "mistral": "mistral",
@@ -36,16 +39,17 @@ MODEL_TYPES = {
   "Dream": "dream",
   "sdar": "sdar",
   "Fast_dLLM_Qwen": "fast_dllm_v2",
+  "qwen3_moe": "qwen3_moe",
+  "sdar_moe": "sdar_moe",
+  "lladamoe": "llada_moe",
+  "llada_moe": "llada_moe",
+  "llada2_moe": "llada2_moe",
 }
 # Known, and what is missing for them.
 NOT_YET = {
-  "qwen3_moe": "mixture-of-experts layers",
-  "qwen2_moe": "mixture-of-experts layers",
-  "mixtral": "mixture-of-experts layers",
-  "sdar_moe": "mixture-of-experts layers",
-  "llada2_moe": "mixture-of-experts layers with grouped routing, and partial rotary embedding",
-  "llada2_moe_veomni": "mixture-of-experts layers with grouped routing, and partial rotary embedding",
-  "lladamoe": "mixture-of-experts layers",
+  "qwen2_moe": "a gate on the shared expert",
+  "mixtral": "its names of experts (w1, w2, w3)",
+  "llada2_moe_veomni": "experts stored as one tensor (split them, as in model type llada2_moe)",
   "gemma3": "a vision tower beside the text model (text-only folders are of type gemma3_text)",
 }
 LOCAL = "local"  # mask pattern of sliding-window layers
@@ -53,7 +57,7 @@ LOCAL = "local"  # mask pattern of sliding-window layers
 # Fields of a TrunkConfig that a checkpoint does not decide: how it is trained and run.
 RUN_FIELDS = (
   "dtype", "param_dtype", "remat", "attention", "lora", "dropout", "init_std", "init_out_scale",
-  "vocab_multiple",
+  "vocab_multiple", "expert_matmul",
 )  # fmt: skip
 
 
@@ -85,6 +89,9 @@ DIFFUSION = {
   "fast_dllm_v2": Diffusion(
     "bd3", "shift_clean_boundary", 151665, block_keys=("bd_size", "block_size"), block=32
   ),
+  "sdar_moe": Diffusion("bd3", "same", 151669, block_keys=("block_size", "block_length"), block=4),
+  "llada_moe": Diffusion("full", "same", 156895),
+  "llada2_moe": Diffusion("bd3", "same", 156895, block_keys=("block_size", "block_length"), block=32),
 }
 
 
@@ -104,6 +111,8 @@ def layout(hf: Mapping[str, Any], names=()) -> str:
     raise ConfigError(
       "cannot read this model type", key="model_type", value=kind, fix=f"one of {', '.join(MODEL_TYPES)}"
     )
+  if kind == "llada" and "expert_intermediate_size" in hf:
+    return "llada_moe"
   if kind in ("llama", "gpt2") and any(n.startswith("denoise_model.") for n in names):
     return {"llama": "diffullama", "gpt2": "diffugpt"}[kind]
   return MODEL_TYPES[kind]
@@ -132,13 +141,6 @@ def section(hf: Mapping[str, Any]) -> dict[str, Any]:
     ) from None
 
 
-def _refuse(hf, key: str, accepted):
-  if hf.get(key, accepted[0]) not in accepted:
-    raise ConfigError(
-      "this trunk does not compute it", key=key, value=hf[key], fix=f"expected one of {accepted}"
-    )
-
-
 def _activation(hf, *keys: str) -> str:
   key = next((k for k in keys if hf.get(k)), keys[0])
   _refuse(hf, key, tuple(ACTIVATIONS))
@@ -158,28 +160,42 @@ def _llama(hf, kind: str) -> dict[str, Any]:
   _refuse(hf, "use_bidirectional_attention", (False, None))
   gemma = kind.startswith("gemma")
   heads, width = hf["num_attention_heads"], hf["hidden_size"]
-  bias = ("q", "k", "v") if kind in ("qwen2", "dream", "fast_dllm_v2") else ()
+  bias = ("q", "k", "v") if kind in ("qwen2", "dream", "fast_dllm_v2") or hf.get("use_qkv_bias") else ()
   if kind == "dream" and hf.get("attention_bias") is False:
     bias = ()  # Dream's layout over a Llama
   elif not bias and hf.get("attention_bias"):
     bias = ("q", "k", "v", "o")
+  if kind == "llada2_moe" and hf.get("use_bias", True):
+    bias += ("o",)
   if hf.get("mlp_bias"):
     bias += ("gate", "up", "down")
-  rope, local = _gemma3_rope(hf) if kind == "gemma3_text" else (_rope(hf), {})
+  head_dim = hf.get("head_dim") or (256 if gemma else width // heads)
+  local: dict[str, Any] = {}
+  if kind == "gemma3_text":
+    rope, local = _gemma3_rope(hf)
+  else:
+    rope = _partial_rope(hf, head_dim) if kind == "llada2_moe" else _rope(hf)
+  specs = [{"mask": LOCAL, **local} if t == "sliding_attention" else {} for t in _layer_types(hf, kind)]
+  more: dict[str, Any] = {}
+  if kind in hf_moe.LAYOUTS:
+    on = hf_moe.mixed(hf, kind)
+    specs = [s | ({"mlp": "moe"} if x else {}) for s, x in zip(specs, on)]
+    more = {"moe": hf_moe.section(hf, kind)} if any(on) else {}
   out = dict(
     width=width,
     num_heads=heads,
     num_kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or (256 if gemma else width // heads),
-    mlp=hf["intermediate_size"],
+    head_dim=head_dim,
+    mlp=hf["dense_intermediate_size" if kind == "llada_moe" else "intermediate_size"],
     vocab=hf["vocab_size"],
     eps=float(hf["rms_norm_eps"]),
     activation=_activation(hf, *(("hidden_activation",) if gemma else ()), "hidden_act"),
-    qk_norm="rms" if kind in ("qwen3", "sdar", "gemma3_text") else "none",
+    qk_norm="rms" if _qk_norm(hf, kind) else "none",
     bias=bias,
     rope=rope,
     heads=_head(hf, bool(hf.get("tie_word_embeddings", gemma))),
-    **_stack(_layer_types(hf, kind), local),
+    **_stack(specs),
+    **more,
   )
   if gemma:
     out |= dict(norm_offset=True, embed_scale=width**0.5)
@@ -190,6 +206,24 @@ def _llama(hf, kind: str) -> dict[str, Any]:
     if hf.get("attn_logit_softcapping"):
       out["attn_soft_cap"] = float(hf["attn_logit_softcapping"])
   return out
+
+
+def _qk_norm(hf, kind: str) -> bool:
+  if kind == "llada_moe":
+    return bool(hf.get("qk_layernorm", True))
+  if kind == "llada2_moe":
+    return bool(hf.get("use_qk_norm", True))
+  return kind in ("qwen3", "sdar", "gemma3_text", "qwen3_moe", "sdar_moe")
+
+
+def _partial_rope(hf, head_dim: int) -> dict[str, Any]:
+  """RoPE of the first `partial_rotary_factor` of each head."""
+  parameters = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+  share = float(parameters.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor", 0.5))
+  rope = _rope({k: v for k, v in hf.items() if k != "partial_rotary_factor"}, parameters)
+  dim = int(head_dim * share)
+  _refuse(hf, "rotary_dim", (dim, None))
+  return rope if dim == head_dim else rope | {"axes": (dim,)}
 
 
 def _layer_types(hf, kind: str) -> list[str]:
@@ -213,26 +247,26 @@ def _layer_types(hf, kind: str) -> list[str]:
   return list(types)
 
 
-def _stack(types: list[str], local: dict) -> dict[str, Any]:
+def _stack(specs: list[dict]) -> dict[str, Any]:
   """`layers` and `pattern`, or `segments` where the layers do not repeat: runs of equal ones."""
-  spec = lambda t: {"mask": LOCAL, **local} if t == "sliding_attention" else {}
-  n = len(types)
-  period = next((p for p in range(1, 13) if all(types[i] == types[i % p] for i in range(n))), n)
+  n = len(specs)
+  period = next((p for p in range(1, 13) if all(specs[i] == specs[i % p] for i in range(n))), n)
   if period < n or n == 1:
-    pattern = tuple(map(spec, types[:period]))
+    pattern = tuple(specs[:period])
     return {"layers": n} if pattern == ({},) else {"layers": n, "pattern": pattern}
   runs: list[list] = []
-  for t in types:
-    if runs and runs[-1][0] == t:
+  for spec in specs:
+    if runs and runs[-1][0] == spec:
       runs[-1][1] += 1
     else:
-      runs.append([t, 1])
-  return {"segments": tuple({"pattern": (spec(t),), "repeats": r} for t, r in runs)}
+      runs.append([spec, 1])
+  return {"segments": tuple({"pattern": (spec,), "repeats": r} for spec, r in runs)}
 
 
 def _rope(hf, parameters=None) -> dict[str, Any]:
   """RoPE of `rope_parameters` (transformers ≥ 5) or of `rope_theta` and `rope_scaling`."""
-  p = dict(parameters or hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+  given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+  p = dict(given if parameters is None else parameters)
   base = float(p.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
   kind = p.pop("rope_type", None) or p.pop("type", None) or "default"
   p.pop("type", None)
@@ -421,6 +455,10 @@ ARCHITECTURES = {
   "dream": "DreamModel",
   "sdar": "SDARForCausalLM",
   "fast_dllm_v2": "Fast_dLLM_QwenForCausalLM",
+  "qwen3_moe": "Qwen3MoeForCausalLM",
+  "sdar_moe": "SDARMoeForCausalLM",
+  "llada_moe": "LLaDAMoEModelLM",
+  "llada2_moe": "LLaDA2MoeModelLM",
   "diffullama": "LlamaForCausalLM",
   "diffugpt": "GPT2LMHeadModel",
 }
@@ -430,6 +468,9 @@ REMOTE = {
   "dream": ("configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
   "sdar": ("configuration_sdar.SDARConfig", "modeling_sdar.SDARForCausalLM"),
   "fast_dllm_v2": ("configuration.Fast_dLLM_QwenConfig", "modeling.Fast_dLLM_QwenForCausalLM"),
+  "sdar_moe": ("configuration_sdar_moe.SDARMoeConfig", "modeling_sdar_moe.SDARMoeForCausalLM"),
+  "llada_moe": ("configuration_lladamoe.LLaDAMoEConfig", "modeling_lladamoe.LLaDAMoEModelLM"),
+  "llada2_moe": ("configuration_llada2_moe.LLaDA2MoeConfig", "modeling_llada2_moe.LLaDA2MoeModelLM"),
 }
 
 
@@ -494,7 +535,9 @@ def _fields(cfg: TrunkConfig, kind: str) -> dict[str, Any]:
   }
   if cfg.rope.scaling is not None:
     out["rope_scaling"] = _scaling(cfg.rope.scaling)
-  if kind in ("llama", "qwen3", "sdar", "diffullama"):
+  if kind in hf_moe.LAYOUTS:
+    out |= hf_moe.fields(cfg, kind)
+  if kind in ("llama", "qwen3", "sdar", "diffullama", "qwen3_moe", "sdar_moe", "llada_moe"):
     out["attention_bias"] = "o" in cfg.bias
   if kind in ("llama", "diffullama"):
     out["mlp_bias"] = "gate" in cfg.bias
@@ -503,7 +546,7 @@ def _fields(cfg: TrunkConfig, kind: str) -> dict[str, Any]:
   types = [_spec(cfg, i).mask == LOCAL for i in range(cfg.layers)]
   if any(types) and kind != "mistral":
     out["layer_types"] = ["sliding_attention" if t else "full_attention" for t in types]
-  if kind in ("qwen2", "qwen3", "sdar", "dream", "fast_dllm_v2"):
+  if kind in ("qwen2", "qwen3", "sdar", "dream", "fast_dllm_v2", *hf_moe.LAYOUTS):
     out["use_sliding_window"] = any(types)
   if kind == "mistral":
     out["sliding_window"] = None

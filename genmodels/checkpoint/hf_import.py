@@ -247,7 +247,7 @@ def _fill(work, cfg, entries, found, threads: int, say) -> dict[str, list[int]]:
   """Copies every tensor into its place. {leaf: digest}."""
   done = _journal(work / JOURNAL)
   sums: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-  total = sum(found[e.name].nbytes // e.part[1] for e in entries)
+  total = sum(found[e.name].nbytes * e.share for e in entries)
   size, start, last = 0, time.monotonic(), time.monotonic()
   leaves = {n: tensors.header(folder.leaf_file(work, n))[0][n] for n in {e.leaf for e in entries}}
   lock = threading.Lock()
@@ -255,8 +255,8 @@ def _fill(work, cfg, entries, found, threads: int, say) -> dict[str, list[int]]:
   def fill(e) -> tuple[int, int]:
     """One entry; NumPy lets other threads run meanwhile, and memory maps hold no copy."""
     out = leaves[e.leaf].open("r+")
-    row, first = (out, 0) if e.row is None else (out[e.row], e.row * out[e.row].size)
-    key = f"{e.leaf}:{e.row}"
+    row, first = e.place(out)
+    key = f"{e.leaf}:{e.row}" + ("" if e.expert is None else f":{e.expert}")
     # What a journal promises may have been lost with the machine's memory: it is read again.
     if key in done and verify.host_digest(row, out.shape, first) == done[key]:
       return done[key]
@@ -271,7 +271,7 @@ def _fill(work, cfg, entries, found, threads: int, say) -> dict[str, list[int]]:
     try:
       for e, got in zip(entries, pool.map(fill, entries)):
         sums[e.leaf] = [(x + y) % 2**32 for x, y in zip(sums[e.leaf], got)]
-        size += found[e.name].nbytes // e.part[1]
+        size += found[e.name].nbytes * e.share
         now = time.monotonic()
         if now - last > 10:
           last = now

@@ -30,10 +30,10 @@ class Layout:
   Fields:
     table, final_norm, head: names outside of the layers; head carries its ".weight" or is ours tied away.
     layer: prefix of layer {i}.
-    sites: our site or norm of a layer → its name there.
+    sites: our site or norm of a layer → its name there, that of an expert with {e}.
     positions: name of the learned position table, "" for none.
     transpose: torch Linear, [out, in]; GPT-2's Conv1D is [in, out], as ours.
-    fused: name of one tensor that holds q, k and v side by side, "" for none.
+    fused: name of one tensor that holds q, k and v one after the other, "" for none.
   """
 
   table: str
@@ -95,6 +95,24 @@ _LLADA = Layout(
     "mlp/down": "ff_out",
   },
 )
+_EXPERTS = {
+  "mlp/router": "mlp.gate",
+  **{f"mlp/experts/{n}": f"mlp.experts.{{e}}.{n}_proj" for n in ("gate", "up", "down")},
+}
+_QWEN3_MOE = dataclasses.replace(_LLAMA, sites=_LLAMA_SITES | _EXPERTS)
+_LLADA2 = dataclasses.replace(
+  _QWEN3_MOE,
+  table="model.word_embeddings",
+  sites={k: v for k, v in _QWEN3_MOE.sites.items() if k not in ("attn/q", "attn/k", "attn/v")}
+  | {
+    "attn/o": "attention.dense",
+    "attn/q_norm": "attention.query_layernorm",
+    "attn/k_norm": "attention.key_layernorm",
+    "mlp/expert_bias": "mlp.gate.expert_bias",
+    **{f"mlp/shared/{n}": f"mlp.shared_experts.{n}_proj" for n in ("gate", "up", "down")},
+  },
+  fused="attention.query_key_value",
+)
 # DiffuLLaMA's wrapper takes the trunk out of its model: the table stands outside, the rest under its name.
 _DIFFULLAMA = dataclasses.replace(
   _LLAMA, table="embed_tokens", final_norm="denoise_model.norm", layer="denoise_model.layers.{i}"
@@ -117,6 +135,10 @@ LAYOUTS: dict[str, Layout] = {
   "dream": _LLAMA,
   "sdar": _LLAMA,
   "fast_dllm_v2": _LLAMA,
+  "qwen3_moe": _QWEN3_MOE,
+  "sdar_moe": _QWEN3_MOE,
+  "llada_moe": _QWEN3_MOE,
+  "llada2_moe": _LLADA2,
   "diffullama": _DIFFULLAMA,
   "diffugpt": _DIFFUGPT,
 }
@@ -128,18 +150,34 @@ class Entry:
 
   Fields:
     name: HF tensor name.
-    leaf: '/'-joined path of ours; row: row of the stacked leaf, None if it is not stacked.
+    leaf: '/'-joined path of ours; row: row of the stacked leaf, None if it is not stacked; expert: of that
+      row, None where there are none.
     transpose: the tensor is [out, in] (torch Linear), our kernels contract their leading dimensions.
-    part: (i, n): the i-th of n equal parts of the tensor's last axis (a fused q, k, v).
+    part: (start, stop, n): of the n output features of a fused tensor, those of this leaf; None for all.
     pad: rows of the vocabulary beyond the tensor's are zero in ours, and left out on export.
   """
 
   name: str
   leaf: str
   row: int | None = None
+  expert: int | None = None
   transpose: bool = False
-  part: tuple[int, int] = (0, 1)
+  part: tuple[int, int, int] | None = None
   pad: bool = False
+
+  @property
+  def share(self) -> float:
+    """Of the tensor, how much this entry takes."""
+    return 1.0 if self.part is None else (self.part[1] - self.part[0]) / self.part[2]
+
+  def place(self, leaf):
+    """(the part of the leaf that the tensor fills, index of its first element)."""
+    first = 0
+    for i in (self.row, self.expert):
+      if i is not None:
+        leaf = leaf[i]
+        first += i * leaf.size
+    return leaf, first
 
 
 def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
@@ -155,10 +193,10 @@ def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
   names = LAYOUTS[layout]
   out, nameless = [], []
 
-  def site(name, leaf, row=None, part=(0, 1), bias=False):
-    out.append(Entry(f"{name}.weight", f"{leaf}/kernel", row, names.transpose, part))
+  def site(name, leaf, row=None, part=None, bias=False, expert=None):
+    out.append(Entry(f"{name}.weight", f"{leaf}/kernel", row, expert, names.transpose, part))
     if bias:
-      out.append(Entry(f"{name}.bias", f"{leaf}/bias", row, False, part))
+      out.append(Entry(f"{name}.bias", f"{leaf}/bias", row, part=part))
 
   def norm(name, leaf, row=None):
     out.append(Entry(f"{name}.weight", f"{leaf}/scale", row))
@@ -167,7 +205,8 @@ def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
 
   norms = ["attn_norm", "mlp_norm"] + ["attn_post_norm", "mlp_post_norm"] * cfg.post_norm
   norms += ["attn/q_norm", "attn/k_norm"] * (cfg.qk_norm == "rms")
-  sites = [f"attn/{n}" for n in "qkvo"] + [f"mlp/{n}" for n in (("gate",) * cfg.gated + ("up", "down"))]
+  attention, mlps = [f"attn/{n}" for n in "qkvo"], ("gate",) * cfg.gated + ("up", "down")
+  fused = _fused(cfg) if names.fused else {}
   out.append(Entry(f"{names.table}.weight", "embed/tokens/embedding", pad=True))
   if cfg.learned_pos:
     if names.positions:
@@ -177,17 +216,19 @@ def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
   for i in range(cfg.layers):
     s, row, p = layer_path(cfg, i)
     ours, theirs = f"stack/s{s}/l{p}", names.layer.format(i=i)
-    for n in norms + sites:
-      fused = names.fused and n in ("attn/q", "attn/k", "attn/v")
-      if not fused and n not in names.sites:
+    for n in norms + attention + _mlp_sites(cfg, i, mlps):
+      if n not in fused and n not in names.sites:
         nameless.append(f"{ours}/{n}")
-        continue
-      if n in norms:
+      elif n in norms:
         norm(f"{theirs}.{names.sites[n]}", f"{ours}/{n}", row)
-        continue
-      part = ("qkv".index(n[-1]), 3) if fused else (0, 1)
-      name = names.fused if fused else names.sites[n]
-      site(f"{theirs}.{name}", f"{ours}/{n}", row, part, n.rsplit("/", 1)[-1] in cfg.bias)
+      elif n == "mlp/expert_bias":
+        out.append(Entry(f"{theirs}.{names.sites[n]}", f"{ours}/{n}", row))
+      elif n.startswith("mlp/experts/"):
+        for e in range(cfg.moe.experts):
+          site(f"{theirs}.{names.sites[n].format(e=e)}", f"{ours}/{n}", row, expert=e)
+      else:
+        name = names.fused if n in fused else names.sites[n]
+        site(f"{theirs}.{name}", f"{ours}/{n}", row, fused.get(n), n.rsplit("/", 1)[-1] in cfg.bias)
   if nameless:
     raise ConfigError(
       f"the layout has no tensor for {len(nameless)} parts of this model: {', '.join(nameless[:6])}",
@@ -197,6 +238,22 @@ def entries(cfg: TrunkConfig, layout: str) -> list[Entry]:
   if not cfg.head("text").tied:
     out.append(Entry(f"{names.head}.weight", "heads/text/kernel", transpose=True, pad=True))
   return out
+
+
+def _fused(cfg: TrunkConfig) -> dict[str, tuple[int, int, int]]:
+  """Entry.part of q, k and v in one tensor."""
+  sizes = [n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)]
+  ends = np.cumsum(sizes).tolist()
+  return {f"attn/{n}": (end - size, end, ends[-1]) for n, size, end in zip("qkv", sizes, ends)}
+
+
+def _mlp_sites(cfg: TrunkConfig, layer: int, mlps: tuple[str, ...]) -> list[str]:
+  """Sites of a layer's MLP, or of its experts with their router."""
+  s, _, p = layer_path(cfg, layer)
+  if cfg.segments[s].pattern[p].mlp == "dense":
+    return [f"mlp/{n}" for n in mlps]
+  found = ["mlp/router"] + ["mlp/expert_bias"] * cfg.moe.bias + [f"mlp/experts/{n}" for n in mlps]
+  return found + [f"mlp/shared/{n}" for n in mlps if cfg.moe.shared]
 
 
 def tied_name(layout: str) -> str:
@@ -238,15 +295,17 @@ def leaf_shapes(cfg: TrunkConfig) -> Mapping[str, tuple[int, ...]]:
 
 def tensor_shape(cfg: TrunkConfig, e: Entry, leaf: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of the tensor that fills a leaf of shape `leaf` (one row of it)."""
-  leaf = tuple(leaf[1:]) if e.row is not None else tuple(leaf)
+  leaf = tuple(leaf[(e.row is not None) + (e.expert is not None) :])
   if not e.leaf.endswith("/kernel"):
     if e.pad:
       leaf = (cfg.vocab, *leaf[1:])
-    return (int(np.prod(leaf)) * e.part[1],) if e.leaf.endswith("/bias") else leaf
+    if e.leaf.endswith("/bias"):
+      return (int(np.prod(leaf)) if e.part is None else e.part[2],)
+    return leaf
   n_in = 2 if e.leaf.endswith("/o/kernel") else 1
-  d_in, d_out = int(np.prod(leaf[:n_in])), int(np.prod(leaf[n_in:])) * e.part[1]
-  if e.pad:
-    d_out = cfg.vocab
+  d_in, d_out = int(np.prod(leaf[:n_in])), int(np.prod(leaf[n_in:]))
+  if e.pad or e.part is not None:
+    d_out = cfg.vocab if e.pad else e.part[2]
   return (d_out, d_in) if e.transpose else (d_in, d_out)
 
 
@@ -256,15 +315,13 @@ def views(cfg: TrunkConfig, e: Entry, leaf: np.ndarray, tensor: np.ndarray) -> t
   Import is `leaf_view[...] = tensor_view`, export the other way round.
 
   Args:
-    leaf: the whole leaf [R, …] or […], C-contiguous; tensor: the whole tensor.
+    leaf: the whole leaf [R, …], [R, E, …] or […], C-contiguous; tensor: the whole tensor.
   """
   assert leaf.flags.c_contiguous  # else the reshapes below are copies
-  if e.row is not None:
-    leaf = leaf[e.row]
-  i, n = e.part
-  width = tensor.shape[-1] // n
-  tensor = tensor[..., i * width : (i + 1) * width]
+  leaf, _ = e.place(leaf)
   tensor = tensor.T if e.transpose else tensor
+  if e.part is not None:
+    tensor = tensor[..., e.part[0] : e.part[1]]
   if e.leaf.endswith("/kernel"):
     n_in = 2 if e.leaf.endswith("/o/kernel") else 1
     leaf = leaf.reshape(int(np.prod(leaf.shape[:n_in])), -1)

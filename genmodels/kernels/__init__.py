@@ -1,4 +1,4 @@
-"""Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
+"""Interval attention, tile lists, chunked cross-entropy, grouped products. See docs/masks.md."""
 
 from genmodels.kernels.attention import (
   attention,
@@ -13,6 +13,7 @@ from genmodels.kernels.attention import (
 )
 from genmodels.kernels.cross_entropy import chunked_map, nll, project
 from genmodels.kernels.decode import DecodePlan, Segment, decode, decode_plan
+from genmodels.kernels.grouped import grouped_matmul, resolve_grouped
 from genmodels.kernels.target import Target, building_for, current
 from genmodels.kernels.tiles import Plan, Tiles
 
@@ -32,10 +33,12 @@ __all__ = [
   "decode_plan",
   "explain",
   "gradients",
+  "grouped_matmul",
   "merge",
   "nll",
   "plan",
   "project",
   "resolve",
+  "resolve_grouped",
   "safe_tiles",
 ]

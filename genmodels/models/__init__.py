@@ -5,13 +5,14 @@ See docs/models.md.
 """
 
 from genmodels.models import lora
-from genmodels.models.accounting import attention_sizes, head_paths
+from genmodels.models.accounting import active_experts, attention_sizes, head_paths
 from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
 from genmodels.models.config import (
   Cond,
   Head,
   LayerSpec,
   Lora,
+  Moe,
   Remat,
   Rope,
   Scaling,
@@ -30,11 +31,13 @@ __all__ = [
   "LayerSpec",
   "Lora",
   "Model",
+  "Moe",
   "Remat",
   "Rope",
   "Scaling",
   "Segment",
   "TrunkConfig",
+  "active_experts",
   "attention_sizes",
   "build",
   "count",

@@ -28,3 +28,8 @@ def head_paths(cfg: TrunkConfig) -> dict[str, str]:
     return f"{own}|{weights(head.like)}" if head.shared or head.kind == "block" else own
 
   return {name: weights(name) for name, _ in cfg.heads}
+
+
+def active_experts(cfg: TrunkConfig) -> dict[str, tuple[int, int]]:
+  """{regex of the paths of stacked experts: (experts that a slot passes through, experts of the stack)}."""
+  return {} if cfg.moe is None else {r"/mlp/experts/": (cfg.moe.top_k, cfg.moe.experts)}

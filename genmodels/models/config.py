@@ -84,13 +84,65 @@ class LayerSpec:
     mask: the mask pattern of `Inputs.masks` it attends under ("full", "local").
     rope_base: overrides `Rope.base`.
     rope_scaling: False leaves `Rope.scaling` out in this layer.
+    mlp: "dense" (`TrunkConfig.mlp`) or "moe" (`TrunkConfig.moe`).
     remat: overrides the preset of `Remat`.
   """
 
   mask: str = "full"
+  mlp: Literal["dense", "moe"] = "dense"
   rope_base: float | None = None
   rope_scaling: bool = True
   remat: Preset | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+  """A mixture of experts in place of an MLP: a slot goes through `top_k` of `experts` MLPs, none is dropped.
+
+  Scores s = softmax or sigmoid of the router's logits, in float32. Chosen are the top_k of s (+ bias), within
+  the `top_groups` best groups of experts; a group's rank is the sum of its two best. Weights are s of the
+  chosen, divided by their sum if `normalise`, times `scale`.
+
+  Fields:
+    experts, top_k: how many there are, and how many a slot takes.
+    mlp: hidden size of an expert.
+    score: "softmax" (Qwen3-MoE, LLaDA-MoE) or "sigmoid" (DeepSeek-V3, LLaDA2).
+    normalise: divide the chosen scores by their sum (`norm_topk_prob`).
+    groups, top_groups: group-limited choice (DeepSeek-V3, arXiv:2412.19437); 1 and 1 for none.
+    bias: a leaf "expert_bias" is added to the scores to choose with, not to the weights; it has no gradient.
+    scale: factor of the routed experts' sum (`routed_scaling_factor`).
+    shared: hidden size of an MLP that every slot passes through besides, 0 for none.
+  """
+
+  experts: int
+  top_k: int
+  mlp: int
+  score: Literal["softmax", "sigmoid"] = "softmax"
+  normalise: bool = False
+  groups: int = 1
+  top_groups: int = 1
+  bias: bool = False
+  scale: float = 1.0
+  shared: int = 0
+
+  def __post_init__(self):
+    if min(self.experts, self.mlp, self.groups) < 1 or self.shared < 0:
+      raise ValueError(
+        f"experts={self.experts}, mlp={self.mlp}, groups={self.groups} are at least 1, shared={self.shared} "
+        "at least 0"
+      )
+    if self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+      raise ValueError(
+        f"groups={self.groups} must divide experts={self.experts}, and top_groups={self.top_groups} lie in "
+        f"1..{self.groups}"
+      )
+    room = self.top_groups * (self.experts // self.groups)
+    if not 1 <= self.top_k <= room:
+      raise ValueError(f"top_k={self.top_k}: between 1 and the {room} experts that may be chosen")
+    if self.groups > 1 and self.experts // self.groups < 2:
+      raise ValueError(
+        f"groups={self.groups} of experts={self.experts}: a group is ranked by its two best experts"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +279,8 @@ class TrunkConfig:
     width: model dimension D.
     num_heads, num_kv_heads (None: num_heads), head_dim (None: width/num_heads).
     mlp: hidden size of the MLP. activation: "silu", "gelu", "gelu_tanh". gated: SwiGLU/GeGLU form.
+    moe: experts of the layers whose LayerSpec.mlp is "moe", None without any. expert_matmul: their grouped
+      product, "auto", "ragged" or "blocks", see `kernels.grouped`.
     vocab: size of the token table, 0 for none; vocab_multiple: pad it to a multiple (padded entries
       have probability 0 and no gradient).
     tables: further id tables, name → size; channel k of `Inputs.ids` indexes `channels[k]`.
@@ -259,6 +313,8 @@ class TrunkConfig:
   num_heads: int
   mlp: int
   vocab: int = 0
+  moe: Moe | None = None
+  expert_matmul: Literal["auto", "ragged", "blocks"] = "auto"
   num_kv_heads: int | None = None
   head_dim: int | None = None
   vocab_multiple: int = 1
@@ -364,6 +420,14 @@ class TrunkConfig:
       raise ValueError(
         f"attention_capacity={self.attention_capacity}: a share of the worst case, in (0, 1], or None"
       )
+    mixed = any(spec.mlp == "moe" for s in self.segments for spec in s.pattern)
+    if mixed != (self.moe is not None):
+      raise ValueError(
+        f"moe={self.moe} and {'a layer' if mixed else 'no layer'} with mlp='moe': set both "
+        "(pattern=({'mlp': 'moe'},)), or neither"
+      )
+    if mixed and (sites := sorted({"gate", "up", "down"} & set(self.bias))):
+      raise ValueError(f"bias={self.bias}: experts have no biases; leave out {', '.join(sites)}")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout={self.dropout} is outside of [0, 1)")
 

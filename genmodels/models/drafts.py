@@ -77,7 +77,13 @@ class BlockDrafter(nn.Module):
 
     cfg, head, D = self.cfg, self.head, self.cfg.width
     own = dataclasses.replace(
-      cfg, segments=(Segment((LayerSpec(),), head.depth),), heads=(), lora=None, adaln="none", cond=()
+      cfg,
+      segments=(Segment((LayerSpec(),), head.depth),),
+      heads=(),
+      lora=None,
+      moe=None,
+      adaln="none",
+      cond=(),
     )
     taps = jnp.stack([taps[cfg.taps.index(i)] for i in head.taps])
     shape = len(head.taps), D, D
@@ -91,7 +97,7 @@ class BlockDrafter(nn.Module):
     if not self.is_initializing():
       tiles = cfg.attention_tiles
       ctx["plans"] = attend.plans({"full": given["mask"]}, len(x), cfg.attention, tiles=tiles)
-    (x, _), _ = Stack(own, name="stack")((x.astype(memory.dtype), None), None, ctx)
+    (x, _), _, _ = Stack(own, name="stack")((x.astype(memory.dtype), None), None, ctx)
     return trunk_norm(own, "final_norm")(x)
 
 

@@ -42,6 +42,9 @@ class Linear(nn.Module):
     shape, axes: of the kernel, sizes and logical axis names.
     bias: add one, of the kernel's output dimensions.
     std: of the kernel's normal draw; 0 starts at zero.
+    dtype: to compute in, the configuration's by default.
+
+  Letters that stand in x, kernel and result (experts) are a stack: one weight each.
   """
 
   cfg: TrunkConfig
@@ -50,6 +53,7 @@ class Linear(nn.Module):
   axes: tuple[str | None, ...]
   bias: bool = False
   std: float | None = None
+  dtype: str | None = None
 
   @nn.compact
   def __call__(self, x=None, route=None):
@@ -61,7 +65,7 @@ class Linear(nn.Module):
     Raises:
       ValueError: adapters without `model.lora`, or gated ones where no gate arrives.
     """
-    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+    cfg, dtype = self.cfg, jnp.dtype(self.dtype or self.cfg.dtype)
     ins, outs = self.eqn.split("->")
     ins, ker = ins.split(",")
     n_in = sum(c not in outs for c in ker)
@@ -88,7 +92,10 @@ class Linear(nn.Module):
       scale = cfg.lora.alpha / cfg.lora.rank
     if x is None:
       if lora is not None:
-        kernel = kernel + scale * jnp.tensordot(*lora, 1)
+        stack = "".join(c for c in ker if c in ins and c in outs)
+        into, out = (c for c in ker if c not in outs), (c for c in ker if c not in ins)
+        eqn = f"{stack}{''.join(into)}R,{stack}R{''.join(out)}->{ker}"
+        kernel = kernel + scale * jnp.einsum(eqn, *lora)
       return kernel, bias
     y = jnp.einsum(self.eqn, x, kernel.astype(x.dtype))
     if lora is not None:
@@ -235,14 +242,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """down(act(gate x) · up x), or down(act(up x))."""
+  """down(act(gate x) · up x), or down(act(up x)); `size` hidden units, the configuration's by default."""
 
   cfg: TrunkConfig
+  size: int | None = None
 
   @nn.compact
   def __call__(self, x, route):
     cfg = self.cfg
-    D, F = cfg.width, cfg.mlp
+    D, F = cfg.width, self.size or cfg.mlp
     act = ACTIVATIONS[cfg.activation]
 
     def wide(site):
@@ -255,7 +263,9 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-  """Pre-norm attention and MLP, with post-norms and AdaLN-zero if configured. (x, new keys and values).
+  """Pre-norm attention and MLP, with post-norms and AdaLN-zero if configured.
+
+  Returns (x, (new keys and values or None, statistics of the experts or None)).
 
   AdaLN-zero (VAR, DiT): x += g₁·attn(norm(x)(1 + s₁) + b₁), the MLP alike, with g, s, b linear in
   silu(condition), starting at 0. A slot with cond_index −1 has g = 1, s = b = 0.
@@ -281,9 +291,15 @@ class Layer(nn.Module):
     y, new = Attention(cfg, self.spec, name="attn")(shift(trunk_norm(cfg, "attn_norm")(x), 0), cache, ctx)
     y = post(y, "attn_post_norm")
     x = constrain(x + gate(dropout(self, y), 0), ("batch", "seq", "act_embed"))
-    y = Mlp(cfg, name="mlp")(shift(trunk_norm(cfg, "mlp_norm")(x), 1), ctx.get("route"))
+    y, stats = shift(trunk_norm(cfg, "mlp_norm")(x), 1), None
+    if self.spec.mlp == "moe":
+      from genmodels.models.moe import MoeMlp  # here: it is made of this module's parts
+
+      y, stats = MoeMlp(cfg, name="mlp")(y, ctx)
+    else:
+      y = Mlp(cfg, name="mlp")(y, ctx.get("route"))
     y = post(y, "mlp_post_norm")
-    return constrain(x + gate(dropout(self, y), 1), ("batch", "seq", "act_embed")), new
+    return constrain(x + gate(dropout(self, y), 1), ("batch", "seq", "act_embed")), (new, stats)
 
 
 def out_std(cfg: TrunkConfig) -> float:

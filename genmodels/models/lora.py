@@ -89,7 +89,9 @@ def merge(params, cfg: TrunkConfig):
       return site
     a, b, kernel = site["lora_a"], site["lora_b"], site["kernel"]
     product = lambda a, b: jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
-    update = jax.vmap(product)(a, b) if split(path)[0] else product(a, b)
+    for _ in range(split(path)[0]):
+      product = jax.vmap(product)
+    update = product(a, b)
     kernel = (kernel + cfg.lora.alpha / cfg.lora.rank * update).astype(kernel.dtype)
     return {k: v for k, v in {**site, "kernel": kernel}.items() if not k.startswith("lora_")}
 
@@ -109,7 +111,8 @@ def _matches(site, path: str, cfg: TrunkConfig) -> bool:
 
 def split(path: str) -> tuple[int, int]:
   """Leading stacked dimensions and contracted dimensions of a site's kernel."""
-  return int(path.startswith("stack/")), CONTRACTED.get(path.rsplit("/", 1)[-1], 1)
+  stacked = path.startswith("stack/") + ("/experts/" in path)
+  return stacked, CONTRACTED.get(path.rsplit("/", 1)[-1], 1)
 
 
 def _walk(tree, path: str, visit):

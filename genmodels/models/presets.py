@@ -115,6 +115,27 @@ def _qwen3(width, layers, heads, kv_heads, mlp, tied):
   }
 
 
+def _qwen3_moe(width, layers, heads, kv_heads, mlp, *, experts, top_k, expert_mlp):
+  moe = dict(experts=experts, top_k=top_k, mlp=expert_mlp, normalise=True)
+  return {**_qwen3(width, layers, heads, kv_heads, mlp, False), "moe": moe, "pattern": ({"mlp": "moe"},)}
+
+
+def _llada2(width, layers, heads, kv_heads, mlp, *, expert_mlp):
+  """LLaDA2: a dense first layer, then 256 experts in 8 groups with a bias, and one shared expert."""
+  return {
+    **llama(width, 0, heads, kv_heads, mlp, 157184),
+    "eps": 1e-6,
+    "head_dim": 128,
+    "qk_norm": "rms",
+    "rope": dict(base=6e5, axes=(64,)),
+    "moe": dict(
+      experts=256, top_k=8, mlp=expert_mlp, score="sigmoid", normalise=True, groups=8, top_groups=4,
+      bias=True, scale=2.5, shared=expert_mlp,
+    ),
+    "segments": (dict(pattern=({},), repeats=1), dict(pattern=({"mlp": "moe"},), repeats=layers - 1)),
+  }  # fmt: skip
+
+
 PRESETS: dict[str, dict[str, Any]] = {
   "llama2-7b": llama(4096, 32, 32, 32, 11008, 32000),
   "llama2-13b": llama(5120, 40, 40, 40, 13824, 32000),
@@ -134,6 +155,15 @@ PRESETS: dict[str, dict[str, Any]] = {
   "qwen3-1.7b": _qwen3(2048, 28, 16, 8, 6144, True),
   "qwen3-4b": _qwen3(2560, 36, 32, 8, 9728, True),
   "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288, False),
+  "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 4, 6144, experts=128, top_k=8, expert_mlp=768),
+  "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 4, 12288, experts=128, top_k=8, expert_mlp=1536),
+  "llada-moe-7b-a1b": {
+    **llama(2048, 16, 16, 16, 8192, 157184, rope=dict(base=5e4)),
+    "qk_norm": "rms",
+    "moe": dict(experts=64, top_k=8, mlp=1024),
+    "pattern": ({"mlp": "moe"},),
+  },
+  "llada2-mini": _llada2(2048, 20, 16, 4, 5120, expert_mlp=512),
   "gpt2": gpt2(768, 12, 12),
   "gpt2-medium": gpt2(1024, 24, 16),
   "gpt2-large": gpt2(1280, 36, 20),

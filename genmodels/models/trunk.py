@@ -19,6 +19,7 @@ from genmodels.models import attend, drafts, heads, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
+from genmodels.models.moe import per_layer
 from genmodels.parallel import constrain
 
 
@@ -115,13 +116,15 @@ class Pattern(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, ctx):
-    new, (x, tapped) = {}, x
+    new, stats, (x, tapped) = {}, {}, x
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
-      x, new[f"l{i}"] = layer(self.cfg, spec, name=f"l{i}")(x, cache and cache[f"l{i}"], ctx)
+      x, (new[f"l{i}"], stats[f"l{i}"]) = layer(self.cfg, spec, name=f"l{i}")(
+        x, cache and cache[f"l{i}"], ctx
+      )
       tapped = tap(self.cfg, tapped, x)
-    return (x, tapped), None if cache is None else new
+    return (x, tapped), (None if cache is None else new, stats)
 
 
 def tap(cfg: TrunkConfig, tapped, x):
@@ -144,7 +147,7 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, ctx):
-    new = {}
+    new, stats = {}, {}
     for i, segment in enumerate(self.cfg.segments):
       scan = nn.scan(
         Pattern,
@@ -156,8 +159,8 @@ class Stack(nn.Module):
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
       body = scan(self.cfg, segment.pattern, name=f"s{i}")
-      x, new[f"s{i}"] = body(x, cache and cache[f"s{i}"], ctx)
-    return x, None if cache is None else new
+      x, (new[f"s{i}"], stats[f"s{i}"]) = body(x, cache and cache[f"s{i}"], ctx)
+    return x, None if cache is None else new, stats
 
 
 class Heads(nn.Module):
@@ -258,7 +261,7 @@ class Trunk(nn.Module):
       or any(cfg.head(t.head).kind == "block" for t in targets.values())
     ):
       tapped = (jnp.int32(0), jnp.zeros((len(cfg.taps), *x.shape), dtype)) if cfg.taps else None
-    x, new = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
+    x, new, stats = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
     x, tapped = x
     taps = None if tapped is None else tapped[1]
     x = trunk_norm(cfg, "final_norm")(x)
@@ -271,7 +274,9 @@ class Trunk(nn.Module):
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = {"code": code, "layers": new}
-    return Outputs(dists, new, work, {"hidden": x} if taps is None else {"hidden": x, "taps": taps})
+    layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
+    layers |= {} if taps is None else {"taps": taps}
+    return Outputs(dists, new, work, layers)
 
   def _embed(self, inputs: Inputs, tables):
     cfg = self.cfg
@@ -302,7 +307,7 @@ class Trunk(nn.Module):
     """What every layer of the scan reads, and the work of the call."""
     cfg = self.cfg
     B = inputs.doc.shape[0]
-    ctx = {"route": inputs.route}
+    ctx = {"route": inputs.route, "valid": inputs.doc >= 0}
     missing = [p for p in cfg.patterns if p not in inputs.masks]
     if missing:
       raise ValueError(f"layers attend under patterns {list(cfg.patterns)}, inputs.masks lacks {missing}")

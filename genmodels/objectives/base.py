@@ -27,6 +27,7 @@ from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
 from genmodels.objectives import relations
+from genmodels.objectives import router as routers
 from genmodels.parallel import current_mesh
 
 Array = jax.Array
@@ -134,6 +135,7 @@ class Objective:
     likelihood: name of the term whose sum under `bound` draws is the reported likelihood, and with which
       samplers decode; to be named where there are several.
     mask_id: id of the absorbing state; −1 takes it from the data's tokenizer.
+    router: losses of a mixture of experts, terms "router_balance" and "router_z"; see objectives.router.
     reproduction: permits a weight that is not the corruption's true marginal; every report says so.
     adapters: where adapters act: at "all" slots, or at "masked" ones only (needs `model.lora.gated`; every
       other slot computes the base model's bits).
@@ -145,6 +147,7 @@ class Objective:
   terms: dict = dataclasses.field(default_factory=lambda: {"text": Term()})
   likelihood: str = ""
   mask_id: int = -1
+  router: routers.Router = routers.Router()
   reproduction: bool = False
   adapters: str = "all"
 
@@ -342,11 +345,22 @@ class Objective:
     inputs, targets, denominators = self.prepare(row, key, step, nets.latent)
     outputs = nets["model"](inputs, targets)
     sums, aux = self.loss(outputs, targets)
-    return sums, denominators, aux | {"work": {"model": work(outputs, targets)}}
+    aux |= {"work": {"model": work(outputs, targets)}}
+    return self.routed(outputs, sums, denominators, aux)
+
+  def routed(self, outputs: Outputs, sums: dict, denominators: dict, aux: dict):
+    """A run's results with the router's terms (no ratios of sums, see objectives.router) and metrics."""
+    aux = aux | {"ratios": aux["ratios"] | routers.ratios(outputs)}
+    return sums | self.router.sums(outputs), denominators | self.router.denominators(), aux
 
   def denominators(self, row: Row, key: Array, step, latent=None) -> dict[str, Array]:
     """The denominators alone; XLA drops the rest of `prepare`."""
-    return self.prepare(row, key, step, latent)[2]
+    return self.prepare(row, key, step, latent)[2] | self.router.denominators()
+
+  @property
+  def scales(self) -> dict[str, Schedule]:
+    """{term: λ} of everything that `run` sums."""
+    return {name: t.scale for name, t in self.terms.items()} | self.router.scales
 
   def bound(self, nets: Nets, row: Row, key: Array, r, R) -> tuple[Array, Array]:
     """Draw r of R of the negative log-likelihood (bound) in nats, and tokens, per document [B, D]."""

@@ -58,4 +58,4 @@ class BlockDistill(Objective):
       aux["weighted_kl"][name] = jnp.sum(t.weight * (cross - entropy))
       sums[name] = jnp.sum(t.weight * cross)
     aux["work"] = {"model": work(student, targets), self.teacher: work(taught, targets)}
-    return sums, denominators, aux
+    return self.routed(student, sums, denominators, aux)

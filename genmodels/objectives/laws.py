@@ -30,6 +30,8 @@ def check(objective) -> list[str]:
     ConfigError: a leak, an impure clean stream, or a weight that is not the corruption's marginal.
   """
   notes = _weights(objective)
+  if terms := list(objective.router.scales):
+    notes.append(f"{', '.join(terms)}: no ratios of sums, taken over each global micro-batch and averaged")
   role = np.full(_DOC.shape, TEXT)
   role[0, [0, 11, 12]] = CONTEXT
   row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=2)

@@ -34,7 +34,8 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
   "qkv": None,
   "mlp": "tensor",
   "norm": None,
-  "expert": "fsdp",
+  "expert": "fsdp",  # stacked experts; gathered for use, see models.moe
+  "expert_embed": None,  # model width inside an expert: fsdp splits the experts instead
   "lora": None,
   "pos": None,  # learned positions and other short tables
   "cond": None,

@@ -30,6 +30,8 @@ GPT2 = dict(
   vocab_size=300, n_positions=64, layer_norm_epsilon=1e-5, activation_function="gelu_new",
 )  # fmt: skip
 
+MOE = dict(SMALL, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
+
 CONFIGS = {
   "llama": dict(SMALL, model_type="llama", attention_bias=True, mlp_bias=True),
   "llama_tied": dict(
@@ -60,6 +62,26 @@ CONFIGS = {
   "fast_dllm_v2": dict(
     QWEN2, model_type="Fast_dLLM_Qwen", architectures=["Fast_dLLM_QwenForCausalLM"], mask_token_id=299, bd_size=8,
   ),
+  # Layer 1 is dense; what transformers writes today says num_local_experts.
+  "qwen3_moe": dict(MOE, model_type="qwen3_moe", norm_topk_prob=True, mlp_only_layers=[1], decoder_sparse_step=1),
+  "sdar_moe": dict(
+    MOE, model_type="sdar_moe", architectures=["SDARMoeForCausalLM"], norm_topk_prob=True, mask_token_id=299,
+    block_size=4,
+  ),
+  "llada_moe": dict(
+    {k: v for k, v in SMALL.items() if k != "intermediate_size"}, model_type="llada", architectures=["LLaDAMoEModelLM"],
+    num_key_value_heads=6, num_experts=6, num_experts_per_tok=2, expert_intermediate_size=20,
+    dense_intermediate_size=40, moe_layer_freq=[1, 1, 1], norm_topk_prob=None, moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False, shared_expert_intermediate_size=None, router_num_group=None,
+    router_topk_group=None, routed_scaling_factor=1, qk_layernorm=True, attention_bias=False, clip_qkv=None,
+    mask_token_id=299,
+  ),
+  "llada2_moe": dict(
+    MOE, model_type="llada2_moe", architectures=["LLaDA2MoeModelLM"], num_experts=8, num_experts_per_tok=3,
+    num_shared_experts=2, first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    score_function="sigmoid", norm_topk_prob=True, moe_router_enable_expert_bias=True, partial_rotary_factor=0.5,
+    use_qk_norm=True, use_qkv_bias=False, use_bias=False, mask_token_id=299,
+  ),
   "diffullama": dict(QWEN2, model_type="llama", mask_token_id=299),
   "diffugpt": dict(GPT2, mask_token_id=299),
 }  # fmt: skip
@@ -81,6 +103,11 @@ _LLADA_LAYER = tuple(
   f"{n}.weight"
   for n in ("attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 )
+_LLADA2_LAYER = (
+  "input_layernorm.weight", "post_attention_layernorm.weight", "attention.query_key_value.weight",
+  "attention.dense.weight", "attention.query_layernorm.weight", "attention.key_layernorm.weight",
+)  # fmt: skip
+_MLP = tuple(f"{n}_proj.weight" for n in ("gate", "up", "down"))
 _LLAMA_OUT = ("model.embed_tokens.weight", "model.norm.weight")
 _HEAD = ("lm_head.weight",)
 
@@ -110,6 +137,10 @@ KEYS = {
   "dream": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER + _QKV_BIAS),
   "sdar": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER + _QK_NORM),
   "fast_dllm_v2": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER + _QKV_BIAS),
+  "qwen3_moe": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER[:-3] + _QK_NORM),
+  "sdar_moe": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER[:-3] + _QK_NORM),
+  "llada_moe": (_LLAMA_OUT + _HEAD, "model.layers.{i}.", _LLAMA_LAYER[:-3] + _QK_NORM),
+  "llada2_moe": (("model.word_embeddings.weight", "model.norm.weight") + _HEAD, "model.layers.{i}.", _LLADA2_LAYER),
   "diffullama": (
     ("embed_tokens.weight", "denoise_model.norm.weight", "lm_head.weight"), "denoise_model.layers.{i}.", _LLAMA_LAYER,
   ),
@@ -126,7 +157,18 @@ def keys(case, config=None):
   outer, prefix, inner = KEYS[case]
   config = config or CONFIGS[case]
   layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers")
-  return [*outer, *(prefix.format(i=i) + n for i in range(layers) for n in inner)]
+  return [*outer, *(prefix.format(i=i) + n for i in range(layers) for n in (*inner, *_mlp_keys(config, i)))]
+
+
+def _mlp_keys(c, layer):
+  """Names in layer `layer` of a model with experts, of its MLP: dense, or a router and its experts."""
+  if not (experts := c.get("num_experts")):
+    return []
+  if layer in c.get("mlp_only_layers", ()) or layer < c.get("first_k_dense_replace", 0):
+    return [f"mlp.{n}" for n in _MLP]
+  shared = [f"mlp.shared_experts.{n}" for n in _MLP] if c.get("num_shared_experts") else []
+  bias = ["mlp.gate.expert_bias"] if c.get("moe_router_enable_expert_bias") else []
+  return ["mlp.gate.weight", *bias, *(f"mlp.experts.{e}.{n}" for e in range(experts) for n in _MLP), *shared]
 
 
 def shape(case, name, config=None):
@@ -139,9 +181,19 @@ def shape(case, name, config=None):
   K = c.get("head_dim") or D // H
   V = c.get("embedding_size") or c["vocab_size"]
   *_, site, kind = name.split(".")
+  if site == "gate":
+    return (c["num_experts"], D) if kind == "weight" else (c["num_experts"],)
+  if ".experts." in name:
+    F = c.get("moe_intermediate_size") or c["expert_intermediate_size"]
+  elif ".shared_experts." in name:
+    F = c["moe_intermediate_size"] * c["num_shared_experts"]
+  if site == "query_key_value":
+    return ((H + 2 * G) * K, D)
   if "_norm" in name.replace("layernorm", "_norm") or site in ("norm", "ln_1", "ln_2", "ln_f"):
-    return (K,) if site in ("q_norm", "k_norm") else (D,)
-  if site in ("embed_tokens", "wte", "lm_head") or name == "model.transformer.ff_out.weight":
+    return (K,) if site in ("q_norm", "k_norm", "query_layernorm", "key_layernorm") else (D,)
+  if (
+    site in ("embed_tokens", "word_embeddings", "wte", "lm_head") or name == "model.transformer.ff_out.weight"
+  ):
     return (V, D)
   if site == "wpe":
     return (c["n_positions"], D)
@@ -151,9 +203,9 @@ def shape(case, name, config=None):
     return ((D, D) if ".attn." in name else (F, D)) if kind == "weight" else (D,)
   if site == "c_fc":
     return (D, F) if kind == "weight" else (F,)
-  out = {"q_proj": H * K, "k_proj": G * K, "v_proj": G * K, "o_proj": D, "attn_out": D}.get(site)
+  out = {"q_proj": H * K, "k_proj": G * K, "v_proj": G * K, "o_proj": D, "attn_out": D, "dense": D}.get(site)
   out = out or {"gate_proj": F, "up_proj": F, "ff_proj": F, "down_proj": D, "ff_out": D}[site]
-  into = {"o_proj": H * K, "attn_out": H * K, "down_proj": F, "ff_out": F}.get(site, D)
+  into = {"o_proj": H * K, "attn_out": H * K, "dense": H * K, "down_proj": F, "ff_out": F}.get(site, D)
   return (out, into) if kind == "weight" else (out,)
 
 

@@ -91,7 +91,8 @@ def test_tokenizer_and_chat_template_travel(tmp_path):
   [
     ("qwen3", "sdar"), ("qwen2", "fast_dllm_v2"), ("qwen2", "dream"), ("sdar", "qwen3"), ("dream", "qwen2"),
     ("fast_dllm_v2", "qwen2"), ("mistral_global", "diffullama"), ("gpt2", "diffugpt"), ("diffugpt", "gpt2"),
-    ("mistral_global", "llada"), ("mistral_global", "llama"),
+    ("mistral_global", "llada"), ("mistral_global", "llama"), ("sdar_moe", "qwen3_moe"), ("qwen3_moe", "sdar_moe"),
+    ("llada_moe", "qwen3_moe"),
   ],
 )  # fmt: skip
 def test_a_model_under_another_layout(case, layout, tmp_path):
@@ -101,7 +102,8 @@ def test_a_model_under_another_layout(case, layout, tmp_path):
   first = hf_import.import_folder(str(src), str(tmp_path / "dst"))
   hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "out"), layout=layout)
   config = json.loads((tmp_path / "out" / "config.json").read_text())
-  expected = folders.keys(layout if layout != "llama" else "mistral", folders.CONFIGS[layout])
+  names = folders.CONFIGS[case if "moe" in case else layout]
+  expected = folders.keys(layout if layout != "llama" else "mistral", names)
   assert set(tensors.folder(tmp_path / "out")) == set(expected)
   again = hf_import.import_folder(str(tmp_path / "out"), str(tmp_path / "again"))
   assert again.manifest["layout"] == layout and len(expected) == len(named)
@@ -117,7 +119,8 @@ def test_a_model_under_another_layout(case, layout, tmp_path):
   "case, layout, names",
   [("qwen3", "qwen2", "qk_norm: .*; bias"), ("llama", "qwen3", "mlp|bias"), ("gemma2", "llama", "norm_offset"),
    ("qwen3", "gpt2", "rope|gated|norm"), ("gpt2", "llama", "rotates positions"), ("qwen3", "llada", "qk_norm"),
-   ("mistral", "sdar", "qk_norm")],
+   ("mistral", "sdar", "qk_norm"), ("qwen3", "qwen3_moe", "has experts"), ("sdar_moe", "sdar", "no tensor|pattern|segments"),
+   ("llada2_moe", "qwen3_moe", "rope|moe"), ("qwen3_moe", "llada2_moe", "dense layers before")],
 )  # fmt: skip
 def test_a_layout_that_cannot_say_it(case, layout, names, tmp_path):
   src, _ = folders.make(tmp_path / "src", case)

@@ -36,6 +36,8 @@ COUNTS = {
   "qwen2.5-7b": 7_615_616_512,
   "qwen3-0.6b": 596_049_920,
   "qwen3-8b": 8_190_735_360,
+  "qwen3-30b-a3b": 30_532_122_624,
+  "qwen3-235b-a22b": 235_093_634_560,
   "gpt2": 124_439_808,
   "gpt2-xl": 1_557_611_200,
 }
@@ -55,5 +57,6 @@ def test_var_counts(name, millions):
 
 def test_every_preset_builds_and_overrides_apply():
   for name in PRESETS:
-    model = models.build(dict(preset=name, layers=1, dtype="bfloat16"))
+    one = {"segments": (), "pattern": ({"mlp": "moe"},)} if "segments" in PRESETS[name] else {}
+    model = models.build(dict(preset=name, layers=1, dtype="bfloat16", **one))
     assert model.cfg.layers == 1 and model.cfg.dtype == "bfloat16"

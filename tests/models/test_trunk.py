@@ -69,7 +69,7 @@ def test_scan_equals_a_loop_over_layers():
         spec = cfg.segments[segment].pattern[position]
         one = jax.tree.map(lambda a: a[repeat], leaves)
         h, _ = Layer(cfg, spec, parent=None).apply({"params": one}, h, None, ctx)
-      return (h, tapped), None
+      return (h, tapped), None, {}
 
   want = cases.run(model, params, x)
   with pytest.MonkeyPatch.context() as patch:

@@ -40,6 +40,10 @@ REFERENCE = {
   "fast_dllm_v2": ("Qwen2", None, "blocks"),
   "diffullama": ("Llama", "diffullama", "full"),
   "diffugpt": ("GPT2", "diffugpt", "full"),
+  "qwen3_moe": ("Qwen3Moe", None, "causal"),
+  "sdar_moe": ("Qwen3Moe", None, "blocks"),
+  "llada_moe": ("Qwen3Moe", None, "full"),
+  "llada2_moe": ("Glm4Moe", "llada2", "blocks"),
 }
 RENAME = {
   "llada": (
@@ -51,7 +55,40 @@ RENAME = {
   ),
   "diffullama": (("embed_tokens", "model.embed_tokens"), ("denoise_model", "model")),
   "diffugpt": (("embed_tokens", "transformer.wte"), ("denoise_model", "transformer")),
+  # transformers has no LLaDA2; GLM-4.5 computes the same: grouped sigmoid routing with a bias, a shared expert,
+  # half of each head rotated, normalised queries and keys.
+  "llada2": (
+    ("word_embeddings", "embed_tokens"), ("attention.dense", "self_attn.o_proj"),
+    ("attention.query_layernorm", "self_attn.q_norm"), ("attention.key_layernorm", "self_attn.k_norm"),
+    ("expert_bias", "e_score_correction_bias"),
+  ),
 }  # fmt: skip
+
+
+def split_qkv(named, config):
+  """LLaDA2's fused projection as three."""
+  out = {}
+  sizes = np.array([config["num_attention_heads"], *[config["num_key_value_heads"]] * 2]) * config["head_dim"]
+  for n, x in named.items():
+    if "query_key_value" in n:
+      parts = np.split(x, np.cumsum(sizes)[:-1])
+      base = n.replace("attention.query_key_value", "self_attn.{}_proj")
+      out |= {base.format(k): part for k, part in zip("qkv", parts)}
+    else:
+      out[n] = x
+  return out
+
+
+def fuse_experts(state):
+  """Per-expert tensors as transformers holds them in memory (its save_pretrained writes them apart again)."""
+  for gate in [n for n in state if ".experts.0.gate_proj" in n]:
+    base = gate.removesuffix("0.gate_proj.weight")
+    count = sum(n.startswith(base) and "gate_proj" in n for n in state)
+    take = lambda i, site: state.pop(f"{base}{i}.{site}_proj.weight")
+    state[f"{base}gate_up_proj"] = torch.stack(
+      [torch.cat([take(i, "gate"), take(i, "up")]) for i in range(count)]
+    )
+    state[f"{base}down_proj"] = torch.stack([take(i, "down") for i in range(count)])
 
 
 def reference(case, named, config):
@@ -63,6 +100,12 @@ def reference(case, named, config):
       hidden_size=24, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, intermediate_size=40,
       vocab_size=304, rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False,
     )  # fmt: skip
+  if case == "llada_moe":
+    fields |= dict(moe_intermediate_size=20, intermediate_size=40, norm_topk_prob=False)
+  if case == "llada2_moe":
+    fields |= dict(n_routed_experts=8, n_shared_experts=2)
+    fields["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
+    named = split_qkv(named, config)
   name = "Gemma3Text" if kind == "Gemma3" else kind
   made = getattr(transformers, f"{name}Config")(**fields, attn_implementation="eager")
   hf = getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(made).eval()
@@ -71,6 +114,7 @@ def reference(case, named, config):
     for a, b in RENAME.get(rename, ()):
       n = n.replace(a, b)
     state[n] = torch.tensor(np.asarray(x, np.float32))
+  fuse_experts(state)
   missing, extra = hf.load_state_dict(state, strict=False)
   assert not extra and set(missing) <= {"lm_head.weight"}, (missing, extra)
   hf.tie_weights()
@@ -162,6 +206,7 @@ AR = [
   "gemma",
   "gemma2",
   "gemma3_text",
+  "qwen3_moe",
 ]
 
 

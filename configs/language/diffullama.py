@@ -25,7 +25,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(2048),
     optim=sections.adamw(1.5e-5, warmup=2000, kind="cosine"),
     train={"steps": 20_000},
-    sampler={"quota": {"kind": "linear", "steps": 64}, "score": "random", "top_p": 0.9},
+    sampler={"quota": {"kind": "ancestral", "steps": 64, "schedule": "linear"}, "top_p": 0.9},
   )
   cfg.batch_size = 1600
   if variant == "tiny":

@@ -33,7 +33,7 @@ from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.drafters import drawn
 from genmodels.sampling.loop import Sampler
-from genmodels.sampling.speculate import DRAFT, VERIFY, node_keys
+from genmodels.sampling.speculate import DRAFT, VERIFY, node_keys, unadorned
 from genmodels.sampling.state import Result, put
 
 
@@ -221,10 +221,6 @@ def build(sampler: Sampler, drafter: Marginals) -> Joint:
       "a round of two forwards drafts two tokens at least", key="sampler.draft.size", value=drafter.size,
       fix="size=5",
     )  # fmt: skip
-  if sampler.branches > 1:
-    raise ConfigError(
-      "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
-      fix="sampler.guidance=1",
-    )  # fmt: skip
+  unadorned(sampler)
   fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(Sampler)}
   return Joint(**fields, size=drafter.size)

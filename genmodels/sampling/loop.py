@@ -48,9 +48,19 @@ from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.parallel import rules
 from genmodels.parallel.rules import current_mesh
-from genmodels.sampling import active, draw
+from genmodels.sampling import active, draw, mix, stop
 from genmodels.sampling.quota import Unit
-from genmodels.sampling.state import KINDS, Ask, Result, State, at_coordinate, first_where, put
+from genmodels.sampling.state import (
+  KINDS,
+  Ask,
+  Result,
+  Selected,
+  State,
+  at_coordinate,
+  first_where,
+  mean,
+  put,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +76,8 @@ class Sampler:
       the whole row.
     denoises: units are filled step by step (else: in the pass that stores them).
     policy: CachePolicy.
-    active, choice, quota, commit: the plug-ins, see the module.
+    stored: what a stored slot sees: "causal", "block", or "" (nothing is stored).
+    active, choice, quota, commit, remask, mix, stops: the plug-ins, see the module.
   """
 
   cfg: Any
@@ -81,10 +92,14 @@ class Sampler:
   capacity: int
   denoises: bool
   policy: Any
+  stored: str
   active: Any
   choice: draw.Choice
   quota: Any
   commit: Any
+  remask: Any
+  mix: Any
+  stops: tuple
 
   def __post_init__(self):
     object.__setattr__(self, "_jitted", {})
@@ -170,7 +185,12 @@ class Sampler:
   @property
   def reuse(self) -> bool:
     """Predictions are kept while no row changes."""
-    return self.quota.reuse
+    return self.quota.reuse and not self.choice.extras
+
+  def named_stops(self):
+    """(key, rule) of the stop rules."""
+    names = {cls: kind for kind, cls in stop.REGISTRY.items()}
+    return [(names[type(x)], x) for x in self.stops]
 
   def view(self, row: Row, noise: Noise, only: Array, branch: int):
     """The objective's view; branch 1 has every condition dropped."""
@@ -196,7 +216,8 @@ class Sampler:
     """More steps than any generation takes: a guard against a loop without progress."""
     N, W = row.tokens.shape[1], self.active.window(self, row)
     units = -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
-    return units * (self.quota.bound(max(W, 1)) + 2) + N
+    limit = units * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
+    return limit * math.prod(1 + getattr(x, "tries", 0) for x in self.stops)
 
   def start(self, params, row: Row, prefill: int) -> State:
     """The state before the first step: given tokens committed, whole units of the prompts cached."""
@@ -229,8 +250,20 @@ class Sampler:
       caches=caches,
       draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
-      memory={},
+      memory=self.memory(row),
     )
+
+  def memory(self, row: Row) -> dict[str, Any]:
+    """What the plug-ins remember, before the first step."""
+    zero, shape = jnp.zeros(row.doc.shape[:1], jnp.int32), row.doc.shape
+    out = {name: x.memory(row) for name, x in self.named_stops() if x.memory(row)}
+    if self.remask.active:
+      out["remask"] = {"confidence": jnp.full(shape, -jnp.inf), "tries": zero}
+    if self.choice.top:
+      out["top"] = mix.remembered(shape, self.choice.top)
+    if self.mix.refine:
+      out["refined"] = zero
+    return out
 
   def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
     """Caches with the first `length` int32[B] ≤ width tokens of the rows, and int32[B], rows that had any."""
@@ -262,9 +295,12 @@ class Sampler:
     term = self.objective.terms[self.term]
     zero = jnp.zeros(a.at.shape, jnp.int32)
     target = Target(head=term.head, slot=a.slot, value=zero, weight=a.can.astype(jnp.float32))
+    add = self.mix.add(self, params, a, s)
     dists, news = [], []
     for i in range(self.branches):
       inputs = self.view(a.row, a.noise, a.only, i)[0] if i else a.inputs
+      if add is not None:
+        inputs = inputs.replace(add_embed=add)
       cache = s.caches[i] if s.caches else None
       out = self.model.apply(params, inputs, {self.term: target}, cache=cache)
       dists.append(out.dists[self.term])
@@ -292,10 +328,15 @@ class Sampler:
     """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network)."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
-    keys = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, s.committed.sum(1)), a.at)
+    # What was opened again, or begun anew, counts as more than any number of tokens.
+    again = [s.memory[name]["tries"] for name in ("remask", "entropy_floor") if name in s.memory]
+    changes = s.committed.sum(1) + (row.doc.shape[1] + 1) * sum(again)
+    xs = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, changes), a.at)
+    if "kl" in self.choice.extras:
+      xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
 
     def run():
-      picked, news = self.predict(params, a, s, self.choice, keys)
+      picked, news = self.predict(params, a, s, self.choice, xs)
       caches = s.caches
       if caches:
         caches = tuple(write_cache(c, n, a.keep) for c, n in zip(caches, news, strict=True))
@@ -307,62 +348,108 @@ class Sampler:
     return picked, caches, self.branches * s.changed
 
   def unit(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Unit:
-    """What quotas look at: the asked tokens, split into the groups of the active set."""
-    G = self.active.groups
-    split = lambda x: x.reshape(x.shape[0] * G, -1)
+    """What quotas look at: the tokens of the window, split into the groups of the active set."""
+    G, W, score = self.active.groups, self.active.window(self, row), self.cfg.score
+    split = lambda x: x[:, :W].reshape(x.shape[0] * G, -1)
     each = lambda x: jnp.repeat(x, G, axis=0)
+    can, at = split(a.under), split(a.at)
+    size = each(jnp.where(a.fresh, a.under.sum(1, dtype=jnp.int32), s.size))
+    token_u = split(draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REVEAL, s.step), a.at)))
+    first = jnp.min(jnp.where(can, at, row.doc.shape[1]), 1, keepdims=True)
+    progress = 1 - can.sum(1) / jnp.maximum(size, 1)
+    value = score.adjust(split(picked.score), split(picked.token) == self.cfg.eos, at - first, progress)
     return Unit(
-      can=split(a.under),
-      score=split(picked.score),
-      rank=split(picked.score),
+      can=can,
+      at=at,
+      score=value,
+      rank=score.rank(value, token_u),
       least=a.least,
       k=each(jnp.where(a.fresh, 0, s.k)),
-      size=each(jnp.where(a.fresh, a.under.sum(1, dtype=jnp.int32), s.size)),
+      size=size,
       level=each(jnp.where(a.fresh, 1.0, s.level)),
-      token_u=split(draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REVEAL, s.step), a.at))),
+      token_u=token_u,
       row_u=each(draw.uniforms(draw.row_keys(row, key, draw.TIME, s.step))),
+    )
+
+  def select(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Selected:
+    """Which tokens are committed and which are opened again, and the unit after that."""
+    B, M = a.at.shape
+    none = jnp.zeros((B, M), bool)
+    forced = a.can & ~a.under
+    if not self.denoises:
+      return Selected(forced, none, s.k, s.size, s.level, s.busy, s.memory)
+    G, W = self.active.groups, self.active.window(self, row)
+    join = lambda x: jnp.pad(x.reshape(B, W), ((0, 0), (0, M - W)))
+    unit = self.remask.prepare(self.quota, self.commit.rank(self.unit(row, s, a, picked, key)))
+    chosen, level = self.quota.select(unit)
+    chosen, opened = self.commit.select(unit, chosen), none
+    memory, hold = dict(s.memory), jnp.zeros((B,), bool)
+    if self.remask.active:
+      u = draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REMASK, s.step), a.at))
+      held, kept = a.held[:, :W], s.memory["remask"]
+      conf = self.remask.confidence(unit, held, at_coordinate(kept["confidence"], unit.at))
+      chosen, opened = self.remask.select(self.quota, unit, chosen, held, conf, u[:, :W])
+      chosen, opened, conf = join(chosen), join(opened & a.denoise[:, None]), join(conf)
+      memory["remask"] = {
+        "confidence": put(kept["confidence"], a.at, conf, a.under | a.held),
+        "tries": kept["tries"] + opened.any(1),
+      }
+    else:
+      chosen = join(chosen)
+    k, size, old, level = (x.reshape(B, G)[:, 0] for x in (unit.k, unit.size, unit.level, level))
+    if self.mix.refine:
+      done = jnp.where(a.fresh, 0, s.memory["refined"])
+      hold = a.denoise & (done < self.mix.refine) & (mean(picked.kl, a.under) >= self.mix.tol)
+      memory["refined"] = done + hold
+    if self.choice.top:
+      memory["top"] = mix.remember(memory["top"], a, picked)
+    chosen, level = chosen & ~hold[:, None], jnp.where(hold, old, level)
+    progress = 1 - a.under.sum(1) / jnp.maximum(size, 1)
+    for rule in self.stops:
+      chosen |= rule.flush(a, picked, progress)[:, None]
+    k = k + ~hold
+    return Selected(
+      commit=(chosen & a.under) | forced,
+      opened=opened,
+      k=jnp.where(a.denoise, k, s.k),
+      size=size,
+      level=jnp.where(a.denoise, level, s.level),
+      busy=a.denoise & self.remask.busy(self.quota, k),
+      memory=memory,
     )
 
   def step(self, params, row: Row, s: State, key: Array) -> State:
     """One iteration: predict, commit, write the cache, move the front, stop."""
-    B, G = row.tokens.shape[0], self.active.groups
     a = self.ask(row, s)
     picked, caches, forwards = self.forward(params, row, s, a, key)
-    unit = self.commit.rank(self.unit(row, s, a, picked, key))
-    chosen, level = self.quota.select(unit)
-    chosen = self.commit.select(unit, chosen).reshape(B, -1)
-    k, size, level = (x.reshape(B, G)[:, 0] for x in (unit.k, unit.size, level))
-    commit = (chosen & a.under) | (a.can & ~a.under)
-
-    tokens = put(s.tokens, a.at, picked.token, commit)
-    committed = put(s.committed, a.at, True, commit)
-    level = jnp.where(a.denoise, level, s.level)
-    done = s.done | committed.all(1) | self.ended(row, tokens, committed)
+    x = self.select(row, s, a, picked, key)
+    tokens = put(s.tokens, a.at, picked.token, x.commit)
+    committed = put(put(s.committed, a.at, True, x.commit), a.at, False, x.opened)
+    at_level = jnp.broadcast_to(jnp.where(a.denoise, x.level, 0.0)[:, None], a.at.shape)
     called = {"denoise": a.denoise, "write": ~a.denoise & ~s.done}
-    calls = {
-      kind: n + (called[kind] & (forwards > 0)) if kind in called else n for kind, n in s.calls.items()
-    }
-    at_level = jnp.broadcast_to(jnp.where(a.denoise, level, 0.0)[:, None], a.at.shape)
-    return State(
+    after = State(
       tokens=tokens,
       committed=committed,
-      committed_at=put(s.committed_at, a.at, s.step, commit),
-      level_at=put(s.level_at, a.at, at_level, commit),
+      committed_at=put(put(s.committed_at, a.at, s.step, x.commit), a.at, -1, x.opened),
+      level_at=put(s.level_at, a.at, at_level, x.commit),
       cursor=a.cursor,
       unit=jnp.where(a.denoise, a.wlo, s.unit),
-      k=jnp.where(a.denoise, k + 1, s.k),
-      size=size,
-      level=level,
-      busy=s.busy,
-      done=done,
+      k=x.k,
+      size=x.size,
+      level=x.level,
+      busy=x.busy,
+      done=s.done | ((committed.all(1) | self.ended(row, tokens, committed)) & ~x.busy),
       step=s.step + 1,
       forwards=s.forwards + forwards,
-      calls=calls,
+      calls=s.calls | {kind: s.calls[kind] + (on & (forwards > 0)) for kind, on in called.items()},
       caches=caches,
       draft=picked if self.reuse else (),
-      changed=commit.any() | (a.cursor != s.cursor).any(),
-      memory=s.memory,
+      changed=x.commit.any() | x.opened.any() | (a.cursor != s.cursor).any(),
+      memory=x.memory,
     )
+    for rule in self.stops:
+      after = rule.after(self, row, s, after)
+    return after
 
   def ended(self, row: Row, tokens: Array, committed: Array) -> Array:
     """bool[B]: an EOS is committed and so is everything before it."""
@@ -379,6 +466,8 @@ class Sampler:
     open_at = first_where(~s.committed)
     eos = self._eos_at(row, s.tokens, s.committed)
     lengths = jnp.where(eos < open_at, eos + 1, jnp.minimum(open_at, total))
+    for rule in self.stops:
+      lengths = rule.lengths(s, lengths)
     return Result(
       s.tokens, s.committed_at, s.level_at, lengths, s.done, s.step, s.forwards, s.calls, s.memory
     )

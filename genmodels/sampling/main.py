@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", help="write the samples there: PNG for images, text otherwise")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument(
-    "overrides", nargs="*", help="key=value of the sampler section, or model.attention=value"
+    "overrides",
+    nargs="*",
+    help="key=value of the sampler section, or model.attention=value, model.context.factor=value",
   )
   args = parser.parse_args(argv)
 
@@ -47,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.parallel import rules
   from genmodels.sampling import run as runs
 
-  overrides = [t if t.startswith(("sampler.", "model.attention")) else f"sampler.{t}" for t in args.overrides]
+  overrides = [
+    t if t.startswith(("sampler.", "model.attention", "model.context")) else f"sampler.{t}"
+    for t in args.overrides
+  ]
   if args.length:
     overrides.append(f"sampler.length={args.length}")
   run = runs.load_run(args.workdir, args.step, overrides)
@@ -94,6 +99,8 @@ def main(argv: list[str] | None = None) -> int:
       "workdir": str(args.workdir), "step": run.step, "cache": sampler.policy.name,
       "steps": int(result.steps),
       "forwards": int(result.forwards), "tokens": generated, "seconds": seconds,
+      "calls": {kind: int(n.sum()) for kind, n in result.calls.items()},
+      "tokens_per_forward": float(np.asarray(result.tokens_per_forward).mean()),
       "file": str(file) if file else None,
       "samples": rows,
     }  # fmt: skip
@@ -107,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {file}")
   print(
     f"{len(items)} samples of step {run.step}, {generated} tokens, {int(result.steps)} steps, "
-    f"{int(result.forwards)} forwards, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
+    f"{int(result.forwards)} forwards, {float(np.asarray(result.tokens_per_forward).mean()):.2f} tokens per "
+    f"forward of a row, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
     file=sys.stderr,
   )
   return 0

@@ -82,14 +82,13 @@ class Call:
 
   Fields:
     stream: index in the widened layout. offset: coordinate − (n − 1). origin: of the slot's block − (n − 1).
-    ahead: group of a mask, −1 for clean slots and chains. nodes: int[M] slots of root and chains.
+    ahead: group of a mask, −1 for clean slots and chains.
   """
 
   stream: np.ndarray
   offset: np.ndarray
   origin: np.ndarray
   ahead: np.ndarray
-  nodes: np.ndarray
 
 
 def node_keys(row: Row, key: Array, tag: int, at: Array) -> tuple[Array, Array]:
@@ -193,13 +192,12 @@ class Speculative(Sampler):
       offset += range(1, K + 1)
       origin += [1] * K
       ahead += [-1] * K
-    nodes = np.arange(1 + R * K)
     for j in range((K + 1) if G else 0):
       stream += [streams.index(f"ahead{j}")] * G
       offset += range(1 + j, 1 + j + G)
       origin += [1 + j] * G
       ahead += [j] * G
-    return Call(*(np.array(x, np.int32) for x in (stream, offset, origin, ahead)), nodes)
+    return Call(*(np.array(x, np.int32) for x in (stream, offset, origin, ahead)))
 
   def place(self, row: Row, s: Progress, tokens: Array, count: Array) -> tuple[Slots, Noise, Array]:
     """Slots and noise of a call, and bool[B, A], the slots of this step (behind the cached ones).
@@ -218,7 +216,6 @@ class Speculative(Sampler):
     depth = np.where(call.ahead >= 0, call.ahead, call.offset)
     use &= depth <= count[:, chain]
     only = pairs(call.stream, at, use)
-    at = jnp.where(use, at, -1)
     if s.cache is None:  # everything before, once more
       past = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
       behind = (past < s.length[:, None] - 1) & ~s.done[:, None]
@@ -231,7 +228,7 @@ class Speculative(Sampler):
     lo = jnp.concatenate([lo, slots.blk_lo[:, lo.shape[1] :]], 1)
     # Clean slots keep their block; chains and groups have their own.
     own = np.zeros(only.shape[1], bool)
-    own[: len(call.stream)] = (call.stream >= len(self.objective.layout.streams)) & (call.ahead >= -1)
+    own[: len(call.stream)] = call.stream >= len(self.objective.layout.streams)
     reach = max(K, self.drafter.ahead)
     slots = slots.replace(
       blk_lo=jnp.where(own & (slots.src >= 0), lo, slots.blk_lo),
@@ -317,7 +314,7 @@ class Speculative(Sampler):
     inputs = self.wide.inputs(filled, noise, slots, self.latent)
     slot, can = self.nodes(filled, noise, slots, s, total)
     out = self.evaluate(params, inputs, slot, can, s.cache)
-    found = self.decide(row, key, out.dists[self.term], tokens, q, s.length, can)
+    found = self.decide(row, key, out.dists[self.term], tokens, q, s.length)
     u = draw.uniforms(node_keys(row, key, VERIFY, ahead))
     u = jnp.stack([u] + [draw.uniforms(node_keys(row, key, VERIFY + r, ahead)) for r in range(1, R)], -1)
     exists = (ahead < total[:, None]) & ~s.done[:, None]
@@ -373,7 +370,7 @@ class Speculative(Sampler):
         targets[name] = Target(term.head, slot[:, :1] * 0 - 1, zero[:, :1], weight[:, :1] * 0)
     return self.model.apply(params, inputs, targets, cache=cache)
 
-  def decide(self, row: Row, key: Array, dist, tokens: Array, q, length: Array, can: Array) -> verify.Verdict:
+  def decide(self, row: Row, key: Array, dist, tokens: Array, q, length: Array) -> verify.Verdict:
     """The rule's verdict of every node."""
     (B, R, K) = tokens.shape
     depth = np.concatenate([[0], np.tile(np.arange(1, K + 1), R)])
@@ -383,7 +380,6 @@ class Speculative(Sampler):
     xs = {"candidates": jnp.moveaxis(padded, 1, 2)[:, depth], "k0": keys[0], "k1": keys[1]}
     if q is not None and self.rule.needs_logits:
       xs["q"] = q[:, chain, np.minimum(depth, K - 1)]
-    del can
 
     def fn(logits, x):
       return self.rule(self.choice, logits, x["candidates"], x.get("q"), x["k0"], x["k1"])
@@ -453,6 +449,24 @@ def slot_of(slot: Array, node: Array) -> Array:
   return jnp.maximum(jnp.take_along_axis(slot, node[:, None], 1)[:, 0], 0)
 
 
+def unadorned(sampler: Sampler) -> None:
+  """Refuses what verification does not do: guided logits, stop rules besides EOS.
+
+  Raises:
+    ConfigError: key, value, reason, fix.
+  """
+  if sampler.branches > 1:
+    raise ConfigError(
+      "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
+      fix="sampler.guidance=1, or sampler.draft=''",
+    )  # fmt: skip
+  if sampler.stops:
+    raise ConfigError(
+      "a verified row stops at its EOS only", key="sampler.stop", value=sampler.stops[0],
+      fix="sampler.stop=(), or sampler.draft=''",
+    )  # fmt: skip
+
+
 def build(
   sampler: Sampler, drafter: Drafter, rule: verify.Rule | str = "auto", own: Any = None
 ) -> Speculative:
@@ -472,11 +486,7 @@ def build(
       "drafts are verified by a next-token head on a causal clean stream; this term predicts otherwise",
       key="sampler.term", value=sampler.term, fix="a term with stream='c' and align='shift'",
     )  # fmt: skip
-  if sampler.branches > 1:
-    raise ConfigError(
-      "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
-      fix="sampler.guidance=1",
-    )  # fmt: skip
+  unadorned(sampler)
   drafter = drafter.bind(sampler)
   if drafter.size < 1:
     raise ConfigError(
@@ -485,10 +495,10 @@ def build(
   if rule == "auto":
     rule = "rejection" if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule
-  if isinstance(rule, verify.Rejection) and drafter.chains > 1 and not drafter.stochastic:
+  if isinstance(rule, verify.Rejection) and not drafter.stochastic:
     raise ConfigError(
-      "several chains that are no independent draws cannot be rejected one by one", key="sampler.verify",
-      value="rejection", fix="sampler.verify='match'",
+      "these drafts are no draws from a law that the drafter knows", key="sampler.verify", value="rejection",
+      fix="sampler.verify='match', which accepts as many of them",
     )  # fmt: skip
   groups = drafter.size + 1 if drafter.ahead else 0
   noisy = getattr(drafter, "stream", "")

@@ -121,6 +121,29 @@ class Ask:
   inputs: Any
 
 
+@pytree()
+class Selected:
+  """What a step does to the tokens.
+
+  Fields:
+    commit, opened: bool[B, M], committed now, and opened again.
+    k, size, level, busy, memory: of the State after it.
+  """
+
+  commit: Array
+  opened: Array
+  k: Array
+  size: Array
+  level: Array
+  busy: Array
+  memory: dict[str, Any]
+
+
+def mean(x: Array, where: Array) -> Array:
+  """float32[B]: mean over the flagged of [B, M], 0 of none."""
+  return jnp.where(where, x, 0.0).sum(1) / jnp.maximum(where.sum(1), 1)
+
+
 def first_where(flag: Array) -> Array:
   """int32[B]: the first flagged coordinate of each row, N if none."""
   return jnp.where(flag.any(1), jnp.argmax(flag, 1), flag.shape[1]).astype(jnp.int32)

@@ -28,8 +28,11 @@ SYSTEMS = {
 FAST = ("ar", "bd3", "nbdiff")
 
 
-def follow(sampler, row, steps):
+def follow(sampler, row, steps, noise=None):
   """Scans the loop; at each step the sampler's logits beside those of one training forward over the row.
+
+  Args:
+    noise: (row, committed, Ask) → Noise of the whole row; default: the corruption's state.
 
   Returns:
     logits, reference float32[T, B, M, V], can bool[T, B, M], at int32[T, B, M]; the last state.
@@ -41,7 +44,8 @@ def follow(sampler, row, steps):
   def whole(s, a):
     """Every slot of every stream at once, as in training: no `only`, no cache."""
     filled = row.replace(tokens=s.tokens)
-    inputs, read = objective.view(filled, objective.corruption.state(filled, s.committed))
+    of = noise or (lambda row, committed, a: objective.corruption.state(row, committed))
+    inputs, read = objective.view(filled, of(filled, s.committed, a))
     slot = jnp.take_along_axis(read[sampler.term], jnp.clip(a.at, 0, S.N - 1), 1)
     target = Target(term.head, jnp.where(a.can, slot, -1), a.at, a.can.astype(jnp.float32))
     return sampler.model.apply(params, inputs, {"t": target}).dists["t"].map(sampler.choice.logits)

@@ -80,6 +80,7 @@ def select(quota, size, score=None):
     u = np.random.default_rng(k).uniform(size=size + 1).astype(np.float32)
     unit = sampling.quota.Unit(
       can=jnp.asarray(can),
+      at=jnp.arange(size)[None],
       score=jnp.asarray(score, jnp.float32),
       rank=jnp.asarray(score, jnp.float32),
       least=jnp.array([1]),

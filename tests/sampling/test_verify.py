@@ -1,5 +1,6 @@
 """Acceptance rules, enumerated (language.md §8.2, T20), and the walk against a loop in Python."""
 
+import functools
 import itertools
 
 import jax
@@ -113,14 +114,14 @@ def test_match_is_the_targets_own_draw():
   drafts = jax.random.randint(jax.random.key(1), (64, 2), 0, 6)
   for temperature in (0.0, 1.0):
     choice = draw.Choice(temperature)
-    found = verify.Match()(choice, z, drafts, None, k0, k1)
-    want = np.asarray(choice(z, k0, k1).token)
+    found = jax.jit(functools.partial(verify.Match(), choice))(z, drafts, None, k0, k1)
+    want = np.asarray(jax.jit(choice)(z, k0, k1).token)
     assert (np.asarray(found.token) == want[:, None]).all()
     np.testing.assert_array_equal(found.accept[:, 1], np.asarray(drafts) == want[:, None])
   assert (want != np.asarray(z.argmax(-1))).any()
   # One-hot q: the draft is accepted with its probability, the residual never gives it again.
   law = np.asarray(choice.law(z))
-  found = verify.Rejection()(choice, z, drafts[:, :1], None, k0, k1)
+  found = jax.jit(functools.partial(verify.Rejection(), choice))(z, drafts[:, :1], None, k0, k1)
   np.testing.assert_allclose(found.accept[:, 0, 0], law[np.arange(64), drafts[:, 0]], rtol=1e-6)
   assert (np.asarray(found.token[:, 1]) != np.asarray(drafts[:, 0])).all()
 

@@ -1,4 +1,4 @@
-"""Decoding with the target's own drafts: heads and masks change no id, and a good draft saves forwards."""
+"""Decoding with the target's own drafts: heads and masks change no id, and draft what training asks of them."""
 
 import dataclasses
 import functools

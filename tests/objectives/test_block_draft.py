@@ -35,6 +35,7 @@ def drafted():
   return objective, model, params, run
 
 
+@pytest.mark.slow
 def test_blocks_of_one_row_equal_separate_forwards(drafted):
   """A block in the packed row = its context, its anchor and its masks alone."""
   objective, model, params, run = drafted
@@ -89,6 +90,7 @@ def test_a_block_sees_its_context_and_itself(drafted):
     laws.check(wrong)
 
 
+@pytest.mark.slow
 def test_weights_fall_behind_the_anchor(drafted):
   objective, _, _, run = drafted
   noise = objective.corruption.draw(ROW, KEY, 3)
@@ -103,6 +105,7 @@ def test_weights_fall_behind_the_anchor(drafted):
   assert (default.corruption.blocks.size, default.terms.draft.decay) == (16, 7.0)
 
 
+@pytest.mark.slow
 def test_taps_are_outputs_of_layers(drafted):
   """What the drafter reads is the state behind the named layers, and no gradient of it moves the trunk."""
   objective, model, params, run = drafted

@@ -84,6 +84,7 @@ def test_own_predictions_keep_their_bits():
     logits(model, params, inputs.replace(route=None))
 
 
+@pytest.mark.slow
 def test_groups_of_one_row_equal_separate_forwards():
   """A group of masks in the packed row = its prefix and its masks alone under a causal mask."""
   objective, model, params = built("mtp")
@@ -139,6 +140,7 @@ def test_no_group_sees_another():
   assert foreign(wrong)[0] > 0
 
 
+@pytest.mark.slow
 def test_masks_are_asked_for_the_token_behind_them():
   """Targets: slot of token j's mask → token j + 1; the sampler is told token j, the hidden state compared is that
   of clean slot j; nothing is asked of slots before the first group."""
@@ -167,7 +169,10 @@ def test_masks_are_asked_for_the_token_behind_them():
 # ---- heads on an AR trunk
 
 
-@pytest.mark.parametrize("name, tied", [("medusa", False), ("hydra", False), ("hydra", True)])
+@pytest.mark.parametrize(
+  "name, tied",
+  [("medusa", False), *(pytest.param("hydra", tied, marks=pytest.mark.slow) for tied in (False, True))],
+)
 def test_fresh_heads_are_the_language_model(name, tied):
   _, model, params = built(name)
   if tied:
@@ -200,7 +205,7 @@ def _clean(row):
   return Clean().draw(row, KEY, 0)
 
 
-@pytest.mark.parametrize("name", ["medusa", "hydra"])
+@pytest.mark.parametrize("name", ["medusa", pytest.param("hydra", marks=pytest.mark.slow)])
 def test_a_head_predicts_the_token_it_is_named_after(name):
   objective, _, _ = built(name)
   row = rows((13, 9), B=2)
@@ -224,6 +229,7 @@ def test_a_head_predicts_the_token_it_is_named_after(name):
   assert laws.check(objective) == []
 
 
+@pytest.mark.slow
 def test_heads_are_fed_the_tokens_before_theirs():
   """Hydra's head k depends on its slot and the k tokens behind it, not on the token that it predicts."""
   objective, model, params = built("hydra")

@@ -4,8 +4,8 @@
 
 The default variant is the 7B model: one level per sequence, p = t, shifted cross-entropy over t averaged over
 masked tokens, lr 1.5e-5, 2048 tokens, 20k steps (about 65B tokens). The 7B run switches causal attention off
-at once, which is what stands here; the GPT-2 runs anneal a random mask, which is no union of intervals: block
-sizes that grow (`configs/language/nbdiff.py`) are the annealing that is.
+at once, which is what stands here; the GPT-2 runs anneal a random mask (`configs/language/diffugpt.py`). At
+this length block sizes that grow (`configs/language/nbdiff.py`) are the annealing that the kernels know.
 """
 
 from genmodels import sections

@@ -132,7 +132,7 @@ def build(section: Any, latent: Any = None) -> Model:
 
   Args:
     section: fields of TrunkConfig; `preset` names one of `presets.PRESETS`, whose fields the other keys
-      override; `context` extends the context, see rope.Context.
+      override; `extend` lengthens the context, see rope.Context.
     latent: what the tokens carry, or None. Its `meta` {field: value} fills fields that the section
       leaves out.
 
@@ -148,7 +148,7 @@ def build(section: Any, latent: Any = None) -> Model:
   section = dict(plain(section))
   if "preset" in section:
     section = {**preset(section.pop("preset")), **section}
-  context = build_section(rope.Context, section.pop("context", None), "model.context")
+  context = build_section(rope.Context, section.pop("extend", None), "model.extend")
   return Model(rope.extend(from_section({**getattr(latent, "meta", {}), **section}), context))
 
 

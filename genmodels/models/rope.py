@@ -18,7 +18,7 @@ from genmodels.models.config import Rope, Scaling, TrunkConfig
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """Section `model.context`: a longer context for parameters as they are, without training.
+  """Section `model.extend`: a longer context for parameters as they are, without training.
 
   Layers that take no scaling (`LayerSpec.rope_scaling`: local layers) keep their frequencies.
 
@@ -65,7 +65,7 @@ def extend(cfg: TrunkConfig, context: Context) -> TrunkConfig:
   elif context.kind != "theta" and cfg.rope.scaling is not None:
     wrong = f"the frequencies are scaled already ({cfg.rope.scaling.kind!r} by {cfg.rope.scaling.factor})"
   if wrong:
-    raise ConfigError(wrong, key="model.context.kind", value=context.kind, fix="leave model.context out")
+    raise ConfigError(wrong, key="model.extend.kind", value=context.kind, fix="leave model.extend out")
   if context.kind != "theta":
     scaling = Scaling(context.kind, context.factor, original_len=context.original_len)
     return dataclasses.replace(cfg, rope=dataclasses.replace(cfg.rope, scaling=scaling))

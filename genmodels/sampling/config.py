@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
-from genmodels.sampling import active, cache, commit, drafting, draw, mix, quota, remask, stop
+from genmodels.sampling import active, cache, commit, drafting, draw, laws, mix, partial, quota, remask, stop
 from genmodels.sampling.loop import Sampler
 
 
@@ -91,7 +91,8 @@ class SamplerConfig:
     sub_block: tokens of a unit that are open at one time, left to right (LLaDA's block length); 0: all.
       Steps of a quota are per sub-block.
     block: block size to decode with; 0 is the trained one, anything else warns.
-    cache: "auto", "none", "causal_exact", "block_exact".
+    cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
+      inside the front unit: prefix, dual, vicinity, free, delayed, logit_selective (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
@@ -115,7 +116,7 @@ class SamplerConfig:
   top_p: float = 1.0
   sub_block: int = 0
   block: int = 0
-  cache: str = "auto"
+  cache: Any = "auto"
   guidance: Any = dataclasses.field(default_factory=dict)
   eos: int = -1
   forbid: tuple[int, ...] = ()
@@ -133,6 +134,9 @@ class SamplerConfig:
     put("stop", tuple(_kind(PLUGINS["stop"], rule, f"stop[{i}]") for i, rule in enumerate(rules)))
     if len({type(rule) for rule in self.stop}) < len(self.stop):
       raise ValueError("stop names a rule twice")
+    section = {"kind": self.cache} if self.cache in tuple(partial.REGISTRY) else self.cache
+    if not isinstance(section, str):
+      put("cache", config.build_kind(partial.REGISTRY, section, "cache"))
     section = {"kind": self.score} if isinstance(self.score, str) else self.score
     put("score", config.build(draw.Score, section, "score"))
     section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
@@ -212,6 +216,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   if whole:
     found = dataclasses.replace(found, stored="")
   policy = cache.resolve(cfg.cache, found)
+  if policy.partial is not None and (single or not denoises):
+    raise ConfigError(
+      "each step computes its unit for the first time, so there is nothing to read inside it",
+      key="sampler.cache", value=policy.name, fix="sampler.cache='auto'",
+    )  # fmt: skip
   cut = not single and not whole
   store = None if whole else store_name  # a document that is one unit has nothing behind its front
   if single and found.stored != "causal":
@@ -276,6 +285,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     stops=cfg.stop,
   )
   check(sampler)
+  if policy.partial is not None:
+    sampler = laws.judged(sampler)
   return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler
 
 
@@ -337,6 +348,11 @@ def check(sampler: Sampler) -> None:
       "mixtures are with the embedding of a mask, and no slot of this sampler shows one", "mix", "mix='mask'",
     )  # fmt: skip
   cfg.active.check(sampler)
+  if sampler.policy.partial is not None and type(cfg.active) is not active.Units:
+    raise ConfigError(
+      "what a step may read is said of one unit at a time", key="sampler.cache", value=sampler.policy.name,
+      fix="active='units', or cache='auto', which is exact",
+    )  # fmt: skip
   if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
     warnings.warn(
       f"sampler.quota.tau={q.tau}: the score is −H, never above it, so every step commits one token; for "

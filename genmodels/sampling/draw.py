@@ -82,7 +82,7 @@ class Score:
     distance: λ: a token d places behind the first masked one of its unit scores λd less (WeDLM: entropy + λd,
       2512.22737; .02).
     eos: γ: the score of an EOS is multiplied by γ at the start of its unit, rising linearly to 1 with the
-      share that is committed (EOSER, 2509.22738; .4, with doubling steps .01). 1: off.
+      share that is committed (EOSER, 2509.23924; .4, with doubling steps .01). 1: off.
     temperature: T > 0: tokens are ranked by score/T plus Gumbel noise, which draws them without replacement
       with probability ∝ exp(score/T) (Dream's alg_temp). Thresholds see the score itself.
   """

@@ -48,7 +48,7 @@ from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.parallel import rules
 from genmodels.parallel.rules import current_mesh
-from genmodels.sampling import active, draw, mix, stop
+from genmodels.sampling import active, draw, mix, partial, stop
 from genmodels.sampling.quota import Unit
 from genmodels.sampling.state import (
   KINDS,
@@ -120,8 +120,13 @@ class Sampler:
       ValueError: a row that cannot be started: its first token has no predictor.
     """
     self.check(row)
-    if prefill is None:
-      prefill = self.prefill_width(row)
+    need = self.prefill_width(row)
+    if prefill is not None and prefill < need:
+      raise ValueError(
+        f"prefill is {prefill}, but the prompts of these rows put up to {need} tokens into the cache before "
+        f"the first step; give at least {need}, or leave it out"
+      )
+    prefill = need if prefill is None else min(prefill, row.tokens.shape[1])
     # On a mesh rows are spread as a training batch is, and every process gets the whole result.
     mesh = current_mesh()
     if mesh not in self._jitted:
@@ -184,8 +189,8 @@ class Sampler:
 
   @property
   def reuse(self) -> bool:
-    """Predictions are kept while no row changes."""
-    return self.quota.reuse and not self.choice.extras
+    """Predictions are kept while no row changes; they would change if entries of a partial cache do."""
+    return self.quota.reuse and not self.choice.extras and self.policy.partial is None
 
   def named_stops(self):
     """(key, rule) of the stop rules."""
@@ -227,7 +232,7 @@ class Sampler:
     zero = jnp.zeros((B,), jnp.int32)
     caches, forwards, calls = (), 0, dict.fromkeys(KINDS, zero)
     if self.policy.stores:
-      caches = (self.model.init_cache(B, N),) * self.branches
+      caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
       if prefill:
         caches, used = self.prefill(params, row, caches, committed, jnp.minimum(cursor, prefill), prefill)
         forwards, calls = self.branches, calls | {"prefill": used}
@@ -250,7 +255,7 @@ class Sampler:
       caches=caches,
       draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
-      memory=self.memory(row),
+      memory=self.memory(row) | {"cache": partial.memory(self, row, prefill)},
     )
 
   def memory(self, row: Row) -> dict[str, Any]:
@@ -322,10 +327,14 @@ class Sampler:
   def logits(self, params, row: Row, s: State) -> tuple[Array, Ask]:
     """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection."""
     a = self.ask(row, s)
-    return self.predict(params, a, s, self.choice.logits, ())[0], a
+    if self.policy.partial is None:
+      return self.predict(params, a, s, self.choice.logits, ())[0], a
+    out, now, *_ = partial.predict(self, params, a, s, self.choice.logits, ())
+    return out, a.replace(can=now)
 
   def forward(self, params, row: Row, s: State, a: Ask, key: Array):
-    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network)."""
+    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
+    remembered of the cache: `partial.memory`)."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
     # What was opened again, or begun anew, counts as more than any number of tokens.
@@ -335,6 +344,10 @@ class Sampler:
     if "kl" in self.choice.extras:
       xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
 
+    if self.policy.partial is not None:
+      picked, caches, kept = partial.forward(self, params, s, a, xs)
+      return picked, caches, jnp.int32(self.branches), kept
+
     def run():
       picked, news = self.predict(params, a, s, self.choice, xs)
       caches = s.caches
@@ -343,9 +356,9 @@ class Sampler:
       return picked, caches
 
     if not self.reuse:
-      return *run(), jnp.int32(self.branches)
+      return *run(), jnp.int32(self.branches), partial.counted(self, s, a)
     picked, caches = jax.lax.cond(s.changed, run, lambda: (s.draft, s.caches))
-    return picked, caches, self.branches * s.changed
+    return picked, caches, self.branches * s.changed, partial.counted(self, s, a, s.changed)
 
   def unit(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Unit:
     """What quotas look at: the tokens of the window, split into the groups of the active set."""
@@ -421,7 +434,7 @@ class Sampler:
   def step(self, params, row: Row, s: State, key: Array) -> State:
     """One iteration: predict, commit, write the cache, move the front, stop."""
     a = self.ask(row, s)
-    picked, caches, forwards = self.forward(params, row, s, a, key)
+    picked, caches, forwards, kept = self.forward(params, row, s, a, key)
     x = self.select(row, s, a, picked, key)
     tokens = put(s.tokens, a.at, picked.token, x.commit)
     committed = put(put(s.committed, a.at, True, x.commit), a.at, False, x.opened)
@@ -445,7 +458,7 @@ class Sampler:
       caches=caches,
       draft=picked if self.reuse else (),
       changed=x.commit.any() | x.opened.any() | (a.cursor != s.cursor).any(),
-      memory=x.memory,
+      memory=x.memory | {"cache": kept},
     )
     for rule in self.stops:
       after = rule.after(self, row, s, after)

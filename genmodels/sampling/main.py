@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--prompts-file", help="a prompt per line")
   parser.add_argument("--labels", default="", help="classes of images, separated by commas")
+  parser.add_argument("--sampler", default="", help="a sampler file, such as samplers/fast_dllm")
   parser.add_argument("--n", type=int, default=1, help="samples of each prompt or label")
   parser.add_argument(
     "--length", type=int, default=0, help="tokens of a row, prompt included (default: as trained)"
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "overrides",
     nargs="*",
-    help="key=value of the sampler section, or model.attention=value, model.context.factor=value",
+    help="key=value of the sampler section, or model.attention=value, model.extend.factor=value",
   )
   args = parser.parse_args(argv)
 
@@ -50,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.sampling import run as runs
 
   overrides = [
-    t if t.startswith(("sampler.", "model.attention", "model.context")) else f"sampler.{t}"
+    t if t.startswith(("sampler.", "model.attention", "model.extend")) else f"sampler.{t}"
     for t in args.overrides
   ]
   if args.length:
     overrides.append(f"sampler.length={args.length}")
-  run = runs.load_run(args.workdir, args.step, overrides)
+  run = runs.load_run(args.workdir, args.step, overrides, args.sampler)
   parts = run.parts
   sampler = runs.sampler_of(parts, run.step)
   if not jax.process_index():

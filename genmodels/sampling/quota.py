@@ -188,7 +188,7 @@ class Share(Stepped):
 
 @dataclasses.dataclass(frozen=True)
 class Doubling(Quota):
-  """2^i tokens in step i of ⌊log₂ size⌋, the remainder in the last one (ASS: 2509.22738)."""
+  """2^i tokens in step i of ⌊log₂ size⌋, the remainder in the last one (ASS: 2509.23924)."""
 
   counts = True
 

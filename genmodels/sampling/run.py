@@ -43,12 +43,13 @@ class Run:
   mesh: Any
 
 
-def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
+def load_run(workdir, step: int | None = None, overrides: Sequence[str] = (), sampler: str = "") -> Run:
   """Opens a workdir: its config, its system, its newest verified parameters (the average, where one is kept).
 
   Args:
     step: this checkpoint and no other.
     overrides: "key.path=value" on the stored config.
+    sampler: a sampler file (`configs/samplers`), whose sections are merged into the stored ones first.
 
   Raises:
     FileNotFoundError: no config.json. RestoreError: no checkpoint verifies. ConfigError.
@@ -58,7 +59,11 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) ->
     raise FileNotFoundError(
       f"{path}/config.json does not exist: is {path} the --workdir of a training run, or an import?"
     )
-  cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
+  stored = _tuples(json.loads((path / "config.json").read_text()))
+  if sampler:
+    changes = config.plain(config.load(sampler))
+    stored = config.merged(stored, {k: v for k, v in changes.items() if k not in ("name", "paper", "tests")})
+  cfg = ml_collections.ConfigDict(stored)
   for text in overrides:
     config.override(cfg, text)
   mesh = _mesh(cfg)

@@ -85,6 +85,13 @@ class Result:
     generated = (self.committed_at >= 0).sum(1)
     return generated / jnp.maximum(sum(n for kind, n in self.calls.items() if kind != "prefill"), 1)
 
+  @property
+  def slots_per_token(self) -> Array:
+    """float32: slots that the network computed for a generated token, over the batch; prompts, guidance and
+    the padding of rows and calls count as executed."""
+    generated = jnp.maximum((self.committed_at >= 0).sum(), 1)
+    return self.memory["cache"]["slots"] * self.tokens.shape[0] / generated
+
 
 @pytree()
 class Ask:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import get_args, get_type_hints
 
-from genmodels.sampling import draw
+from genmodels.sampling import cache, draw, partial
 from genmodels.sampling.config import PLUGINS
 
 _STOP = "tests/sampling/test_stop.py::"
@@ -15,6 +15,9 @@ _UNIT = "tests/sampling/test_plugins.py::"
 _LOOP = "tests/sampling/test_loop.py::"
 _ACTIVE = "tests/sampling/test_active.py::"
 _MIX = "tests/sampling/test_mix.py::"
+_CACHE = "tests/sampling/test_cache.py::test_cached_logits_are_the_training_logits"
+_PARTIAL = "tests/sampling/test_partial.py::"
+_DRIFT = _PARTIAL + "test_drift_is_measured_and_bounded"
 _SCORES = "tests/sampling/test_draw.py::test_scores"
 
 # (section, kind): (source, what holds exactly, test)
@@ -24,7 +27,7 @@ FACTS = {
   ("score", "neg_entropy"): ("Dream 2508.15487", "Σ p ln p", _SCORES),
   ("score", "random"): ("MDLM 2406.07524", "uniform, keyed by row and place", _SCORES),
   ("score", "distance"): ("WeDLM 2512.22737", "λ = 0: the score", _UNIT + "test_scores_know_the_place"),
-  ("score", "eos"): ("EOSER 2509.22738", "γ = 1: the score", _UNIT + "test_scores_know_the_place"),
+  ("score", "eos"): ("EOSER 2509.23924", "γ = 1: the score", _UNIT + "test_scores_know_the_place"),
   ("score", "temperature"): (
     "Dream 2508.15487, alg_temp",
     "order drawn ∝ exp(score/T)",
@@ -39,7 +42,7 @@ FACTS = {
   ),
   ("quota", "share"): ("Dream 2508.15487", "⌊masked·(1 − s/t)⌋", _UNIT + "test_share_is_dreams_rule"),
   ("quota", "doubling"): (
-    "ASS 2509.22738",
+    "ASS 2509.23924",
     "Σ quotas = size in ⌊log₂ size⌋ steps",
     _UNIT + "test_doubling_commits_everything_in_log_steps",
   ),
@@ -116,6 +119,27 @@ FACTS = {
     "cached = training logits; cache = AR prefill",
     _ACTIVE + "test_a_window_leaves_an_ar_cache",
   ),
+  ("cache", "none"): ("–", "training logits", _CACHE),
+  ("cache", "causal_exact"): ("AR, NBDiff 2512.06776, TiDAR 2511.08923", "cached = training logits", _CACHE),
+  ("cache", "block_exact"): ("BD3-LM 2503.09573, SDAR 2510.06303", "cached = training logits", _CACHE),
+  ("cache", "prefix"): (
+    "Fast-dLLM 2505.22618",
+    "refresh = 1: no cache; prompts under Prefix-DLM",
+    _PARTIAL + "test_the_law_finds_out_what_is_exact",
+  ),
+  ("cache", "dual"): (
+    "Fast-dLLM 2505.22618; v2 2509.26328",
+    "refresh = 1: no cache; blocks behind the front",
+    _PARTIAL + "test_a_sub_block_cache_inside_an_exact_block_cache",
+  ),
+  ("cache", "vicinity"): ("dInfer 2510.08666", "refresh = 1: no cache", _DRIFT),
+  ("cache", "free"): ("FreeCache 2505.21467 (details unverified)", "refresh = 1: no cache", _DRIFT),
+  ("cache", "delayed"): (
+    "dKV-Cache 2505.15781",
+    "refresh = 1: no cache; read from the second step after the commit",
+    _PARTIAL + "test_what_is_computed",
+  ),
+  ("cache", "logit_selective"): ("Lumina-DiMOO 2510.06308", "ratio = 0: no cache", _DRIFT),
   ("mix", "mask"): ("–", "the mask's embedding", _MIX + "test_weightless_mixtures_are_the_mask"),
   ("mix", "refine"): (
     "LRD 2510.11052 (coefficients unverified)",
@@ -141,7 +165,8 @@ FACTS = {
 def kinds() -> list[tuple[str, str]]:
   """(section, kind) of every plug-in, and of the parts of a score, in the order of the registries."""
   scores = [*get_args(get_type_hints(draw.Score)["kind"]), "distance", "eos", "temperature"]
-  return [("score", k) for k in scores] + [(s, k) for s, registry in PLUGINS.items() for k in registry]
+  plugins = PLUGINS | {"cache": {**cache.POLICIES, **partial.REGISTRY}}
+  return [("score", k) for k in scores] + [(s, k) for s, registry in plugins.items() for k in registry]
 
 
 def markdown() -> str:

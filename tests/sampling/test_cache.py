@@ -25,6 +25,13 @@ SYSTEMS = {
   "one_stream": (S.single_stream, {"quota": {"kind": "linear", "steps": 3}}, "block_exact"),
   "sub_blocks": (lambda: S.bd(6), {"quota": {"kind": "cosine", "steps": 2}, "sub_block": 3}, "block_exact"),
 }
+SYSTEMS["prefix_dlm"] = (
+  lambda: dataclasses.replace(
+    S.single_stream(), corruption={"kind": "absorb", "blocks": {"anchor": "prompt"}}
+  ),
+  {"quota": {"kind": "threshold", "tau": 0.4}},
+  "block_exact",
+)
 FAST = ("ar", "bd3", "nbdiff")
 
 
@@ -189,7 +196,8 @@ def test_block_size_one_is_the_ar_decoder():
     (S.mdm(), "block_exact", "none"),
     (S.mdm(), "causal_exact", "none"),
     (S.bd(), "causal_exact", "block_exact"),
-    (S.bd(), "prefix", "auto"),
+    (S.bd(), "prefixes", "auto"),
+    (S.ar(), "prefix", "auto"),
   ],
 )
 def test_wrong_pairings_are_refused(objective, cache, fix):
@@ -208,3 +216,10 @@ def test_undecodable_objectives_are_refused():
     S.sampler(dataclasses.replace(S.ar(), masks={"full": "full"}))
   with pytest.raises(ValueError, match="BOS"):
     S.sampler(S.ar())(S.params(), S.row((1, 0, 2, 3)), jax.random.key(0))
+
+
+def test_prompts_longer_than_the_cache_are_refused():
+  with pytest.raises(ValueError, match=r"prompt 1 has 14 tokens, a row has 14; raise the length"):
+    sampling.prompt_row([[1], [2] * S.N], S.N, 4)
+  with pytest.raises(ValueError, match=r"prefill is 4, .* up to 8 tokens"):
+    S.sampler(S.bd())(S.params(), S.row(), jax.random.key(0), prefill=4)

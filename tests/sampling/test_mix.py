@@ -87,29 +87,31 @@ SECTION = {
 }
 
 
-def test_context_of_one_is_the_model():
+def test_an_extension_of_one_is_the_model():
   plain = models.build(SECTION).cfg
   for kind in ("theta", "ntk", "linear"):
-    assert models.build({**SECTION, "context": {"kind": kind, "factor": 1.0}}).cfg == plain
-  with pytest.raises(ConfigError, match="model.context"):
-    models.build({**SECTION, "context": {"kind": "theta", "factor": -1.0}})
+    assert models.build({**SECTION, "extend": {"kind": kind, "factor": 1.0}}).cfg == plain
+  # How attention runs over a context axis is another key.
+  assert models.build({**SECTION, "context": "ring", "extend": {"factor": 2.0}}).cfg.context == "ring"
+  with pytest.raises(ConfigError, match="model.extend"):
+    models.build({**SECTION, "extend": {"kind": "theta", "factor": -1.0}})
   with pytest.raises(ConfigError, match="no rotary positions"):
-    models.build({**SECTION, "rope": None, "learned_pos": 8, "context": {"factor": 2.0}})
+    models.build({**SECTION, "rope": None, "learned_pos": 8, "extend": {"factor": 2.0}})
   with pytest.raises(ConfigError, match="scaled already"):
     scaled = {"scaling": {"kind": "linear", "factor": 2.0}}
-    models.build({**SECTION, "rope": scaled, "context": {"kind": "ntk", "factor": 2.0}})
+    models.build({**SECTION, "rope": scaled, "extend": {"kind": "ntk", "factor": 2.0}})
 
 
-def test_context_scales_the_base():
-  cfg = models.build({**SECTION, "context": {"factor": 4.0}}).cfg
+def test_an_extension_scales_the_base():
+  cfg = models.build({**SECTION, "extend": {"factor": 4.0}}).cfg
   assert {spec.rope_base for s in cfg.segments for spec in s.pattern} == {4 * cfg.rope.base}
-  ntk = models.build({**SECTION, "context": {"kind": "ntk", "factor": 4.0}}).cfg
+  ntk = models.build({**SECTION, "extend": {"kind": "ntk", "factor": 4.0}}).cfg
   np.testing.assert_array_equal(
     rope.inv_freq(8, ntk.rope.base, ntk.rope.scaling)[0], rope.inv_freq(8, ntk.rope.base * 4 ** (8 / 6))[0]
   )
   # Local layers, which take no scaling, keep their base.
   local = {"mask": "local", "rope_base": 100.0, "rope_scaling": False}
-  both = models.build({**SECTION, "pattern": (local, {"mask": "full"}), "context": {"factor": 4.0}}).cfg
+  both = models.build({**SECTION, "pattern": (local, {"mask": "full"}), "extend": {"factor": 4.0}}).cfg
   assert [spec.rope_base for s in both.segments for spec in s.pattern] == [100.0, 4 * both.rope.base]
 
 
@@ -122,5 +124,5 @@ def test_critical_dimension_turns_once(base, dim):
   wave = lambda b: 2 * math.pi * b ** (critical / dim)
   assert wave(base) >= trained * 0.999 and wave(base * factor) == pytest.approx(length, rel=1e-6)
   assert rope.critical_factor(base, dim, trained, trained) == pytest.approx(1.0, abs=0.5)
-  cfg = models.build({**SECTION, "context": {"factor": 0.0, "original_len": 4096, "length": 65536}}).cfg
+  cfg = models.build({**SECTION, "extend": {"factor": 0.0, "original_len": 4096, "length": 65536}}).cfg
   assert cfg.segments[0].pattern[0].rope_base > 2 * cfg.rope.base

@@ -32,7 +32,7 @@ REQUIRES = [
 EXTRAS = {
   "tpu": ["libtpu>=0.0.51; sys_platform == 'linux' and platform_machine == 'x86_64'"],
   "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
-  "parity": ["torch==2.13.0", "transformers>=5"],
+  "parity": ["torch==2.13.0", "transformers>=5", "peft>=0.17"],
   "audio": ["soundfile>=0.12"],
   "eval": ["lm-eval>=0.4.5"],
   "dev": [

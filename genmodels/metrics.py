@@ -68,6 +68,7 @@ class ModelFlops:
     cond: matrix weights every entry of the condition table passes through (AdaLN).
     heads: {head: matrix weights of a read position}.
     attention: {mask pattern: Σ over its layers of heads · head_dim}.
+    still: nothing outside of the heads is trained, so the trunk has no backward pass.
   """
 
   trunk: int
@@ -75,6 +76,7 @@ class ModelFlops:
   cond: int
   heads: dict[str, int]
   attention: dict[str, int]
+  still: bool = False
 
 
 def model_flops(
@@ -91,8 +93,8 @@ def model_flops(
     abstract_params: the parameters (shapes).
     logical_axes: same nesting, tuples of names; `optim.role` tells matrices from tables.
     attention: {mask pattern: Σ over its layers of heads · head_dim}.
-    heads: {head: regex of the paths of its weights}; a tied head names the embedding table. Other
-      matrices belong to the trunk, other tables cost nothing.
+    heads: {head: regex of the paths of its weights, "" for none}; a tied head names the embedding table.
+      Other matrices belong to the trunk, other tables cost nothing.
     trainable: bool tree like the parameters (`optim.trainable`); None is all.
     active: {regex of paths: (k, n)}, stacks of n experts of which a slot passes through k.
 
@@ -114,13 +116,16 @@ def model_flops(
   by_head = {}
   for head, pattern in heads.items():
     paths = [p for p in params if kind[p] != "vector" and re.search(pattern, p)]
-    if not paths:
+    if not pattern:
+      paths = []
+    elif not paths:
       raise ValueError(
         f"metrics: head {head!r} has no weights: {pattern!r} matches none of {', '.join(list(params)[:6])} …"
       )
     by_head[head] = paths
   claimed = {p for paths in by_head.values() for p in paths}
   rest = [p for p in params if kind[p] in ("matrix", "head") and p not in claimed]
+  of_heads = {p for p in params for pattern in heads.values() if pattern and re.search(pattern, p)}
   cond = [p for p in rest if "cond" in axes[p]]
   trunk = [p for p in rest if "cond" not in axes[p]]
   return ModelFlops(
@@ -129,6 +134,7 @@ def model_flops(
     cond=sum(size[p] for p in cond),
     heads={head: sum(size[p] for p in paths) for head, paths in by_head.items()},
     attention=dict(attention),
+    still=not any(trained[p] for p in params if p not in of_heads),
   )
 
 
@@ -155,9 +161,10 @@ def step_flops(model: ModelFlops, work: Mapping[str, Any], passes: int = 3) -> d
     if unknown := set(given) - set(known):
       raise ValueError(f"work[{name!r}] counts {sorted(unknown)}, the model has {sorted(known)}")
   slots = int(work["slots"])
-  weights = passes * (model.trunk - model.frozen) + min(passes, 2) * model.frozen
+  whole = 1 if model.still else passes
+  weights = whole * (model.trunk - model.frozen) + min(whole, 2) * model.frozen
   trunk = 2 * weights * slots + 2 * passes * model.cond * int(work.get("entries", 0))
-  attention = 4 * passes * sum(model.attention[p] * int(n) for p, n in work["pairs"].items())
+  attention = 4 * whole * sum(model.attention[p] * int(n) for p, n in work["pairs"].items())
   heads = 2 * passes * sum(model.heads[h] * int(n) for h, n in work.get("reads", {}).items())
   return {
     "trunk": float(trunk),

@@ -127,7 +127,7 @@ def _with_vocabulary(section, meta, objective) -> dict:
     section["vocab"] = int(meta["vocab"])
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():
-    whole = head.get("kind", "categorical") == "categorical" and head.get("size") is None
+    whole = head.get("kind", "categorical") in ("categorical", "draft", "block") and head.get("size") is None
     if (
       whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head
     ):
@@ -159,6 +159,11 @@ def _agree(objective, model) -> None:
         "the model has no such head", key=f"objective.terms.{name}.head", value=term.head,
         fix=f"one of {', '.join(heads)}, or add it to model.heads",
       )  # fmt: skip
+    if term.given != heads[term.head].given:
+      raise ConfigError(
+        f"its head takes {heads[term.head].given} tokens", key=f"objective.terms.{name}.given",
+        value=term.given, fix=f"{heads[term.head].given}, or model.heads.{term.head}.given={term.given}",
+      )  # fmt: skip
     if term.measure != "nll" and heads[term.head].kind != "categorical":
       raise ConfigError(
         "its head has no classes", key=f"objective.terms.{name}.measure", value=term.measure, fix="'nll'"
@@ -174,6 +179,12 @@ def _agree(objective, model) -> None:
         "a layer attends under a mask pattern that the objective does not define", key="model.pattern",
         value=pattern, fix=f"add it to objective.masks (it has {', '.join(objective.masks)})",
       )  # fmt: skip
+  gated, masked = bool(model.cfg.lora and model.cfg.lora.gated), objective.adapters == "masked"
+  if gated != masked:
+    raise ConfigError(
+      "a gated adapter needs an objective that says where it acts, and the other way round",
+      key="model.lora.gated", value=gated, fix=f"objective.adapters={'masked' if gated else 'all'!r}",
+    )  # fmt: skip
   if objective.layout.noisy and objective.mask_id >= model.cfg.vocab > 0:
     raise ConfigError(
       f"the mask id lies outside of the vocabulary of {model.cfg.vocab}", key="objective.mask_id",

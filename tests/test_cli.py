@@ -41,7 +41,7 @@ FLAGS = {
     "--verify",
   },  # fmt: skip
   "import": {"--help"},
-  "export": {"--help", "--layout", "--dtype", "--like", "--tree", "--step", "--shard-gb"},
+  "export": {"--help", "--layout", "--dtype", "--like", "--tree", "--step", "--adapters", "--shard-gb"},
   "train": {"--help", "--config", "--workdir", "--from", "--debug"},
   "systems": {"--help", "--json", "--markdown"},
   "sample": {

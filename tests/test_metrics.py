@@ -74,6 +74,11 @@ def test_step_flops_is_the_stated_convention():
   assert metrics.step_flops(m, work, passes=1)["total"] * 3 == f["total"]
   lora = metrics.ModelFlops(m.trunk, m.trunk, 0, {}, {})
   assert metrics.step_flops(lora, {"slots": 10, "pairs": {}})["trunk"] == 2 * 2 * m.trunk * 10
+  # Draft heads on a trunk that stands still: one pass through it, three through the heads.
+  heads = metrics.model_flops(PARAMS, AXES, ATTENTION, {"text": "^head$"}, {k: k == "head" for k in PARAMS})
+  still, once = metrics.step_flops(heads, work), metrics.step_flops(m, work, passes=1)
+  assert (still["attention"], still["heads"]) == (once["attention"], f["heads"])
+  assert still["trunk"] - 6 * m.cond * 5 == once["trunk"] - 2 * m.cond * 5
   with pytest.raises(ValueError, match="counts .'sliding'., the model has .'full', 'local'."):
     metrics.step_flops(m, {"slots": 1, "pairs": {"sliding": 1}})
 

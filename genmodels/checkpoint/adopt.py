@@ -18,6 +18,8 @@ from genmodels.config import ConfigError
 from genmodels.data import tokenizers
 from genmodels.models import model as models
 
+DRAFTS = ("draft", "block", "latent")  # kinds of heads that a config adds to a checkpoint's
+
 
 @dataclasses.dataclass(frozen=True)
 class Adopted:
@@ -33,6 +35,9 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
   row of the table, or one behind it, for which the table grows) gets the mean row plus noise
   (surgery.set_mask_row). A published diffusion model keeps its own id and row.
 
+  What the config adds to a model stays and is fresh: adapters and draft heads, an output weight of whose own
+  starts as the checkpoint's.
+
   Raises:
     RestoreError: no finished import.
     ConfigError: data of another tokenizer, or a mask that cannot be narrowed to local layers.
@@ -44,6 +49,7 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
   mine = config.plain(cfg.model)
   model = {k: v for k, v in theirs.items() if k not in hf_config.RUN_FIELDS}
   model |= {k: v for k, v in mine.items() if k in hf_config.RUN_FIELDS}
+  model["heads"], added = _with_drafts(theirs["heads"], mine.get("heads", {}))
   section = config.plain(cfg.data)
   if section.get("kind") == "python" and section.get("tokenizer", "byte") == "byte":
     cfg.data["tokenizer"] = root
@@ -76,11 +82,39 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
     notes.append(f"local layers see {objective.masks[hf_config.LOCAL]}")
   cfg.model = ml_collections.ConfigDict(model)
   padded = models.build({**model, "heads": theirs["heads"]}).cfg.vocab_padded
+  fresh = [rf"heads/{name}/(?!out/).*" for name in added]
+  fresh += [r".*/lora_[ab]"] if model.get("lora") else []
+  init |= {"scratch": tuple(fresh)} if fresh else {}
+  own = [name for name, head in added.items() if head["kind"] == "draft" and not head.get("shared")]
+  if own:
+    init["rename"] = tuple((f"heads/{name}/out/kernel", f"heads/{_like(added[name])}/kernel") for name in own)
+  if added:
+    notes.append(f"fresh draft heads: {', '.join(added)}")
   if padded != theirs["vocab"]:
     init["resize_vocab"] = True
   cfg.init = ml_collections.ConfigDict(init)
   notes.append(f"model and parameters of {root} ({source.manifest['layout']})")
   return Adopted(tuple(notes))
+
+
+def _like(head) -> str:
+  return head.get("like", "text")
+
+
+def _with_drafts(theirs, mine) -> tuple[dict, dict]:
+  """The checkpoint's heads and the config's draft heads, and those alone that have parameters.
+
+  Raises:
+    ConfigError: an output weight to be copied from a head that is tied to the table and so has none.
+  """
+  drafts = {name: head for name, head in mine.items() if head.get("kind") in DRAFTS}
+  for name, head in drafts.items():
+    if head["kind"] == "draft" and not head.get("shared") and theirs[_like(head)].get("tied"):
+      raise ConfigError(
+        "the head starts as a copy of the checkpoint's output weight, which is tied to its token table",
+        key=f"model.heads.{name}.shared", value=False, fix=f"model.heads.{name}.shared=True: use that weight",
+      )  # fmt: skip
+  return {**theirs, **drafts}, {name: head for name, head in drafts.items() if head["kind"] != "latent"}
 
 
 def _same_tokenizer(section, facts, source: folder.Folder, workdir: str) -> None:

@@ -6,7 +6,8 @@
 
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer as it was
 imported and, for diffusion models, how they decode. An untouched import gives every tensor back bit for bit.
-The folder is built beside DST and renamed at the end.
+Adapters are merged into the weights, or written as a PEFT folder (--adapters peft); draft heads, which no
+layout has tensors for, stay behind and are named. The folder is built beside DST and renamed at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 
 from genmodels import config
-from genmodels.checkpoint import folder, hf_config, hf_import, hf_names, init, tensors
+from genmodels.checkpoint import folder, hf_adapters, hf_config, hf_import, hf_names, init, tensors
 from genmodels.config import ConfigError
 from genmodels.models import TrunkConfig
 from genmodels.models import model as models
@@ -41,12 +42,14 @@ class Source:
   """What is exported.
 
   Fields:
-    cfg: the trunk. values: leaf name → array, read when asked for; names: leaves of the tree.
+    cfg: the trunk, without draft heads. values: leaf name → array, read when asked for; names: leaves of the
+      tree, without adapters; adapted: sites that have them.
     config: our config.json; resolved: resolved.json or {}.
     carried: folder with hf_config.json and the tokenizer, None without.
     layout: of the import it came from, "" without; hf_dtypes: {tensor: dtype} of it.
     duplicates: tensors that the import had twice.
     step: of the checkpoint.
+    notes: what stays behind, for people.
   """
 
   cfg: TrunkConfig
@@ -59,11 +62,13 @@ class Source:
   hf_dtypes: dict
   duplicates: list
   step: int
+  adapted: tuple[str, ...] = ()
+  notes: tuple[str, ...] = ()
 
 
 def export_folder(
   src: str, dst: str, *, layout: str = "", dtype: str = "source", like: str = "", tree: str = "",
-  step: int | None = None, shard_bytes: int = 5 << 30, say=lambda text: None,
+  step: int | None = None, shard_bytes: int = 5 << 30, adapters: str = "merge", say=lambda text: None,
 ) -> dict:  # fmt: skip
   """Exports a workdir or an import.
 
@@ -75,12 +80,14 @@ def export_folder(
     tree: "model" or "ema"; "": the average, where the run keeps one.
     step: −1 or None the newest that verifies.
     shard_bytes: largest file.
+    adapters: "merge" them into the weights, "drop" them (the base model), or "peft": the adapters alone.
 
   Returns:
-    {"layout", "tensors", "bytes", "files", "step", "metadata"}.
+    {"layout", "tensors", "bytes", "files", "step", "metadata", "notes"}.
 
   Raises:
-    ConfigError: a layout that cannot say what the model computes; nothing to take a config from; adapters.
+    ConfigError: a layout that cannot say what the model computes; nothing to take a config from; adapters
+      that cannot be merged or written.
     RestoreError: no checkpoint that verifies.
     ValueError: `dst` exists. Nothing is written then.
   """
@@ -99,6 +106,7 @@ def export_folder(
     raise ConfigError(
       "unknown layout", key="--layout", value=kind, fix=config.did_you_mean(kind, list(hf_names.LAYOUTS))
     )
+  hf_adapters.check(adapters, source.cfg, source.adapted)
   window = _window(source, template)
   hf = hf_config.write(source.cfg, kind, template, window)
   entries = hf_names.cover(source.cfg, kind, source.names)
@@ -107,17 +115,25 @@ def export_folder(
   hf |= metadata
   _set_dtype(hf, specs)
   files = _shards(specs, shard_bytes)
+  sizes = {"tensors": len(specs), "bytes": sum(t.nbytes for t in specs.values()), "files": len(files)}
+  value = source.values
+  if adapters == "merge" and source.adapted:
+    value = hf_adapters.merged(value, source.adapted, source.cfg.lora)
   work = target.with_name(f"{target.name}.exporting-{os.getpid()}")
   work.mkdir(parents=True)
   try:
-    _write(work, source, kind, entries, specs, files, say)
+    if adapters == "peft":
+      stored = DTYPES[source.cfg.param_dtype if dtype == "source" else dtype]
+      sizes = hf_adapters.write(work, source.cfg, kind, value, source.adapted, stored, metadata)
+    else:
+      _write(work, value, source, kind, entries, specs, files, say)
+      config.write_json(work / "config.json", hf)
     if carried is not None:
       for name in folder.CARRIED:
         if (carried / name).is_file():
           shutil.copyfile(carried / name, work / name)
       if (carried / folder.TEMPLATES).is_dir():
         shutil.copytree(carried / folder.TEMPLATES, work / folder.TEMPLATES)
-    config.write_json(work / "config.json", hf)
     for path in work.rglob("*"):
       tensors.sync(path)
     if target.exists():
@@ -126,11 +142,7 @@ def export_folder(
   except BaseException:
     shutil.rmtree(work, ignore_errors=True)
     raise
-  total = sum(t.nbytes for t in specs.values())
-  return {
-    "layout": kind, "tensors": len(specs), "bytes": total, "files": len(files), "step": source.step,
-    "metadata": metadata,
-  }  # fmt: skip
+  return {"layout": kind, **sizes, "step": source.step, "metadata": metadata, "notes": source.notes}
 
 
 # ----------------------------------------------------------------------------------------- source
@@ -164,15 +176,11 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
     raise ConfigError(
       f"step {step} of {root} has no such tree", key="--tree", value=tree, fix="model, or ema"
     )
-  adapters = [n for n in recorded if n.rsplit("/", 1)[-1].startswith("lora_")]
-  if adapters:
-    raise ConfigError(
-      f"the run has {len(adapters)} adapter leaves ({adapters[0]}, …), which no layout has a tensor for",
-      key="model.lora", value=ours["model"].get("lora"), fix="merge them first (models.lora.merge)",
-    )  # fmt: skip
   resolved = _json(root / "resolved.json")
   section = dict(resolved.get("model") or ours["model"])
-  cfg = models.build(hf_import.tuples(section)).cfg
+  cfg, kept, notes = _without_drafts(models.build(hf_import.tuples(section)).cfg, list(recorded))
+  adapted = hf_adapters.sites(kept)
+  kept = [n for n in kept if not n.endswith((hf_adapters.A, hf_adapters.B))]
   host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
   def value(name: str) -> np.ndarray:
@@ -184,9 +192,18 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   facts = checkpoint.manifest if isinstance(checkpoint, folder.Folder) else _json(root / CARRY / "facts.json")
   carried = root if isinstance(checkpoint, folder.Folder) else root / CARRY
   return Source(
-    cfg, tuple(recorded), value, ours, resolved, carried if carried.is_dir() else None,
-    facts.get("layout", ""), facts.get("hf_dtypes", {}), facts.get("duplicates", []), step,
+    cfg, tuple(kept), value, ours, resolved, carried if carried.is_dir() else None, facts.get("layout", ""),
+    facts.get("hf_dtypes", {}), facts.get("duplicates", []), step, tuple(adapted), notes,
   )  # fmt: skip
+
+
+def _without_drafts(cfg: TrunkConfig, names: list[str]) -> tuple[TrunkConfig, list[str], tuple[str, ...]]:
+  """The trunk and its leaves without the heads that only draft, and what to say of them."""
+  gone = [name for name, head in cfg.heads if head.drafts]
+  cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone))
+  kept = [n for n in names if not n.startswith(tuple(f"heads/{name}/" for name in gone))]
+  notes = (f"draft heads stay in the run: {', '.join(gone)}",) if len(kept) < len(names) else ()
+  return cfg, kept, notes
 
 
 def carry(origin: str, workdir: pathlib.Path) -> None:
@@ -337,18 +354,18 @@ def _shards(specs: Mapping[str, tensors.Tensor], limit: int) -> dict[str, list[s
   return {f"model-{i + 1:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups)}
 
 
-def _write(work, source: Source, kind: str, entries, specs, files, say) -> None:
+def _write(work, value, source: Source, kind: str, entries, specs, files, say) -> None:
   where: dict[str, tensors.Tensor] = {}
   for file, names in files.items():
     tensors.create(work / file, {n: (specs[n].dtype, specs[n].shape) for n in names}, {"format": "pt"})
     where |= tensors.header(work / file)[0]
   last = time.monotonic()
   for leaf, mine in _by_leaf(entries):
-    value = np.ascontiguousarray(source.values(leaf))  # a memory map stays one
+    array = np.ascontiguousarray(value(leaf))  # a memory map stays one
     for e in mine:
-      a, b = hf_names.views(source.cfg, e, value, where[e.name].open("r+"))
+      a, b = hf_names.views(source.cfg, e, array, where[e.name].open("r+"))
       tensors.copy_into(b, a)
-    del value
+    del array
     if time.monotonic() - last > 10:
       last = time.monotonic()
       say(f"export: {leaf}")
@@ -381,13 +398,22 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--like", default="", help="folder to take config.json and tokenizer from")
   parser.add_argument("--tree", default="", help="model or ema (default: the average, where there is one)")
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+  parser.add_argument(
+    "--adapters",
+    choices=hf_adapters.CHOICES,
+    default="merge",
+    help="merge, drop, or a PEFT folder of their own",
+  )
   parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file")
   args = parser.parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
   made = export_folder(
     args.src, args.dst, layout=args.layout, dtype=args.dtype, like=args.like, tree=args.tree, step=args.step,
-    shard_bytes=int(args.shard_gb * 2**30), say=lambda text: print(text, file=sys.stderr),
+    shard_bytes=int(args.shard_gb * 2**30), adapters=args.adapters,
+    say=lambda text: print(text, file=sys.stderr),
   )  # fmt: skip
+  for note in made["notes"]:
+    print(note)
   print(
     f"exported step {made['step']} as {made['layout']}: {made['tensors']} tensors, {made['bytes']:,} bytes "
     f"in {made['files']} file{'s' * (made['files'] != 1)}, {args.dst}"

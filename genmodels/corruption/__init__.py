@@ -7,6 +7,7 @@ from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.delete import Delete
 from genmodels.corruption.eos_unit import EosUnitAbsorb
+from genmodels.corruption.groups import Groups
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.sampled import SampledAbsorb
@@ -29,6 +30,7 @@ REGISTRY = {
   "delete": Delete,
   "step": Step,
   "uniform": Uniform,
+  "groups": Groups,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
   "Delete",
   "EosUnitAbsorb",
   "Hybrid",
+  "Groups",
   "InputMask",
   "MonotoneAbsorb",
   "PositionAbsorb",

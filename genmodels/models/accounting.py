@@ -17,9 +17,17 @@ def attention_sizes(cfg: TrunkConfig) -> dict[str, int]:
 
 
 def head_paths(cfg: TrunkConfig) -> dict[str, str]:
-  """{head: regex of the paths of the weights that a read position passes through}."""
+  """{head: regex of the paths of the weights that a read position passes through}; "" for none."""
   tied = r"^embed/tokens/"
-  return {name: tied if head.tied else rf"^heads/{re.escape(name)}/" for name, head in cfg.heads}
+
+  def weights(name: str) -> str:
+    head = cfg.head(name)
+    if head.kind == "latent":
+      return ""
+    own = tied if head.tied else rf"^heads/{re.escape(name)}/"
+    return f"{own}|{weights(head.like)}" if head.shared or head.kind == "block" else own
+
+  return {name: weights(name) for name, _ in cfg.heads}
 
 
 def active_experts(cfg: TrunkConfig) -> dict[str, tuple[int, int]]:

@@ -193,7 +193,10 @@ class Head:
   """From hidden states to a distribution.
 
   Fields:
-    kind: "categorical" or "flow" (a velocity field on float[size], conditioned on the hidden state).
+    kind: "categorical", "flow" (a velocity field on float[size], conditioned on the hidden state), "draft" (a
+      categorical one over a transformed hidden state), "block" (layers of its own draft a block from hidden
+      states of the trunk's) or "latent" (no distribution: the squared distance of two hidden states); see
+      models/drafts.py.
     size: number of classes, or features of a flow head; None is the vocabulary.
     tied: use the token table as output weight.
     bias: add a bias to the logits.
@@ -201,11 +204,16 @@ class Head:
     soft_cap: logits ← cap·tanh(logits/cap); None leaves them.
     zero_init: output weight starts at zero.
     chunk: read positions whose logits exist at one time.
-    width, depth: flow only: the MLP's width (None: the trunk's) and residual blocks.
+    width, depth: flow: the MLP's width (None: the trunk's) and residual blocks. draft: blocks. block: layers.
+    given: draft only: tokens before the predicted one whose embeddings are fed besides the hidden state.
+    block: draft only: "residual" h + silu(W·[h; e]), W starting at 0, or "mlp" norm(silu(W·[h; e])).
+    like: draft, block: the head whose output weight it starts from, or uses if `shared` (a block always
+      does).
+    taps: block only: layers of the trunk whose outputs it reads.
     time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
   """
 
-  kind: Literal["categorical", "flow"] = "categorical"
+  kind: Literal["categorical", "flow", "draft", "block", "latent"] = "categorical"
   size: int | None = None
   tied: bool = False
   bias: bool = False
@@ -216,8 +224,31 @@ class Head:
   width: int | None = None
   depth: int = 3
   time_scale: float = 1000.0
+  given: int = 0
+  block: Literal["residual", "mlp"] = "residual"
+  like: str = "text"
+  shared: bool = False
+  taps: tuple[int, ...] = ()
+
+  @property
+  def drafts(self) -> bool:
+    """Whether it only proposes (or trains): without it the model computes the same likelihoods."""
+    return self.kind in ("draft", "block", "latent")
 
   def __post_init__(self):
+    if self.kind in ("draft", "block") and (
+      self.size is not None or self.tied or self.bias or self.depth < 1
+    ):
+      raise ValueError(
+        f"a {self.kind} head has the vocabulary's size, depth ≥ 1 and the output weight of `like`: leave out "
+        "size, tied and bias"
+      )
+    if (self.kind == "block") != bool(self.taps):
+      raise ValueError(
+        f"taps={self.taps} of kind {self.kind!r}: a block head names layers to read, others none"
+      )
+    if self.given and self.kind != "draft" or self.given < 0:
+      raise ValueError(f"given={self.given} of kind {self.kind!r}: a draft head is fed 0 or more embeddings")
     if self.kind == "flow" and (self.size is None or self.tied or self.forbid):
       raise ValueError("a flow head needs size (its features) and takes neither tied nor forbid")
     if self.tied and self.size is not None:
@@ -227,11 +258,13 @@ class Head:
 @dataclasses.dataclass(frozen=True)
 class Lora:
   """Low-rank adapters: `targets` is a regex that a linear site's path must match in full
-  ("stack/.*/(q|v)"); the update is alpha/rank·A·B (arXiv:2106.09685)."""
+  ("stack/.*/(q|v)"); the update is alpha/rank·A·B (arXiv:2106.09685). With `gated` it acts only at slots
+  whose `Inputs.route` is not 0, which must be given then (arXiv:2507.11851)."""
 
   rank: int
   alpha: float = 16.0
   targets: str = r"stack/.*/(q|k|v|o)"
+  gated: bool = False
 
   def __post_init__(self):
     if self.rank < 1:
@@ -362,7 +395,17 @@ class TrunkConfig:
           f"{self.width}, got {cond.size} and {self.cond_width}"
         )
     for name, head in self.heads:
-      if head.kind == "categorical" and head.size is None and not self.vocab:
+      if head.kind in ("draft", "block"):
+        other = dict(self.heads).get(head.like)
+        if other is None or (other.kind, other.size, other.bias) != ("categorical", None, False):
+          raise ValueError(
+            f"head {name!r}: like={head.like!r} must name a categorical head over the vocabulary without bias"
+          )
+      if head.kind == "block" and self.rope is None:
+        raise ValueError(f"head {name!r} places its tokens by rotary positions: rope is None")
+      if any(not 0 <= i < self.layers for i in head.taps):
+        raise ValueError(f"head {name!r}: taps={head.taps} are outside of the {self.layers} layers")
+      if head.kind in ("categorical", "draft", "block") and head.size is None and not self.vocab:
         raise ValueError(f"head {name!r} has the size of the vocabulary, but vocab=0: set its size")
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):
@@ -401,6 +444,11 @@ class TrunkConfig:
   def rope_axes(self) -> tuple[int, ...]:
     """Dimensions rotated by each position axis."""
     return self.rope.axes or (self.head_dim,)
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """Layers whose outputs heads read, ascending."""
+    return tuple(sorted({i for _, head in self.heads for i in head.taps}))
 
   @property
   def patterns(self) -> tuple[str, ...]:

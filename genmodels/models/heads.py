@@ -315,6 +315,9 @@ class Flow:
 
 def read(hidden: Array, target: Target) -> tuple[Array, Array]:
   """Hidden states [B, M, D] at the target's slots, and bool[B, M]: a slot and a weight are there."""
-  valid = (target.slot >= 0) & (target.weight != 0)
-  at = jnp.clip(target.slot, 0, hidden.shape[1] - 1)
-  return jax.vmap(lambda h, i: h[i])(hidden, at), valid
+  return at(hidden, target.slot), (target.slot >= 0) & (target.weight != 0)
+
+
+def at(hidden: Array, slot: Array) -> Array:
+  """hidden [B, S, D] at slots int32[B, M], clipped into the row: [B, M, D]."""
+  return jax.vmap(lambda h, i: h[i])(hidden, jnp.clip(slot, 0, hidden.shape[1] - 1))

@@ -60,7 +60,10 @@ class Linear(nn.Module):
     """x @ kernel, in x's dtype; without x: (kernel with its adapter, bias or None) in compute dtype.
 
     Args:
-      route: int32[B, S] or None; slots with 0 skip the adapter.
+      route: int32[B, S] or None; a slot with 0 gets the base's bits, whatever the adapter holds.
+
+    Raises:
+      ValueError: adapters without `model.lora`, or gated ones where no gate arrives.
     """
     cfg, dtype = self.cfg, jnp.dtype(self.dtype or self.cfg.dtype)
     ins, outs = self.eqn.split("->")
@@ -80,6 +83,12 @@ class Linear(nn.Module):
         raise ValueError(
           "the parameters hold adapters, but model.lora is None: set it, or strip or merge them"
         )
+      if cfg.lora.gated and (x is None or route is None):
+        raise ValueError(
+          f"{'/'.join(self.path)}: the adapter is gated (model.lora.gated) and no gate arrives: Inputs.route "
+          "is None (objective.adapters='masked' makes it), or the site lies outside of the layers, where "
+          "model.lora.targets must not reach"
+        )
       scale = cfg.lora.alpha / cfg.lora.rank
     if x is None:
       if lora is not None:
@@ -91,9 +100,11 @@ class Linear(nn.Module):
     y = jnp.einsum(self.eqn, x, kernel.astype(x.dtype))
     if lora is not None:
       down = jnp.einsum(f"{ins},{ker[:n_in]}R->{outs[: len(ins) - n_in]}R", x, lora[0])
-      if route is not None:
-        down = jnp.where((route > 0)[..., None], down, 0)
-      y = y + scale * jnp.einsum(f"{outs[: len(ins) - n_in]}R,R{ker[n_in:]}->{outs}", down, lora[1])
+      wide = y + scale * jnp.einsum(f"{outs[: len(ins) - n_in]}R,R{ker[n_in:]}->{outs}", down, lora[1])
+      # Selected, not multiplied by the gate: y + 0 would turn −0 into 0.
+      y = (
+        wide if route is None else jnp.where((route > 0).reshape(route.shape + (1,) * (y.ndim - 2)), wide, y)
+      )
     return y if bias is None else y + bias
 
 
@@ -181,11 +192,18 @@ class Attention(nn.Module):
     D, H, G, K = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     route = ctx.get("route")
 
-    def project(site, heads, axis):
+    # Keys of a second sequence ("memory") stand before those of the slots; it is the same in every layer.
+    both = jnp.concatenate([ctx["memory"], x], 1) if "memory" in ctx else x
+
+    def project(site, heads, axis, x):
       eqn, axes = "bsd,dhk->bshk", ("embed", axis, "head_dim")
       return Linear(cfg, eqn, (D, heads, K), axes, site in cfg.bias, name=site)(x, route)
 
-    q, k, v = project("q", H, "heads"), project("k", G, "kv_heads"), project("v", G, "kv_heads")
+    q, k, v = (
+      project("q", H, "heads", x),
+      project("k", G, "kv_heads", both),
+      project("v", G, "kv_heads", both),
+    )
     scale = K**-0.5 if cfg.attn_scale is None else cfg.attn_scale
     if cfg.qk_norm == "rms":
       q, k = Norm(cfg, "rms", name="q_norm")(q), Norm(cfg, "rms", name="k_norm")(k)
@@ -197,7 +215,8 @@ class Attention(nn.Module):
       k, scale = unit(k).astype(x.dtype), 1.0
     if cfg.rope is not None:
       cos, sin = ctx["rope"][rope_key(cfg, spec)]
-      q, k = rotate(q, cos, sin, cfg.rope.pairing), rotate(k, cos, sin, cfg.rope.pairing)
+      q = rotate(q, cos, sin, cfg.rope.pairing)
+      k = rotate(k, *ctx.get("key_rope", ctx["rope"])[rope_key(cfg, spec)], cfg.rope.pairing)
     q = checkpoint_name(constrain(q, ("batch", "seq", "act_heads", None)), "q")
     k = checkpoint_name(constrain(k, ("batch", "seq", "act_kv_heads", None)), "k")
     v = checkpoint_name(constrain(v, ("batch", "seq", "act_kv_heads", None)), "v")

@@ -40,7 +40,7 @@ def add(params, cfg: TrunkConfig, key: jax.Array):
       return site
     found.append(path)
     kernel = site["kernel"]
-    lead, n_in = _split(path)
+    lead, n_in = split(path)
     stack, ins, outs = kernel.shape[:lead], kernel.shape[lead : lead + n_in], kernel.shape[lead + n_in :]
     draw = jax.random.normal(
       jax.random.fold_in(key, zlib.crc32(path.encode())), (*stack, *ins, R), jnp.float32
@@ -61,7 +61,7 @@ def axes(logical_axes, cfg: TrunkConfig):
     if not _matches(site, path, cfg):
       return site
     kernel = site["kernel"]
-    lead, n_in = _split(path)
+    lead, n_in = split(path)
     a, b = kernel[: lead + n_in] + ("lora",), kernel[:lead] + ("lora",) + kernel[lead + n_in :]
     return {**site, "lora_a": a, "lora_b": b}
 
@@ -74,14 +74,22 @@ def strip(params):
 
 
 def merge(params, cfg: TrunkConfig):
-  """Adapters added into their kernels: kernel + alpha/R · lora_a · lora_b."""
+  """Adapters added into their kernels: kernel + alpha/R · lora_a · lora_b.
+
+  Raises:
+    ValueError: gated adapters: no single kernel is what both kinds of slots see.
+  """
+  if cfg.lora.gated:
+    raise ValueError(
+      "lora.merge: a gated adapter acts at some slots only, so it cannot become part of the kernel"
+    )
 
   def visit(site, path):
     if "lora_a" not in site:
       return site
     a, b, kernel = site["lora_a"], site["lora_b"], site["kernel"]
     product = lambda a, b: jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1)
-    for _ in range(_split(path)[0]):
+    for _ in range(split(path)[0]):
       product = jax.vmap(product)
     update = product(a, b)
     kernel = (kernel + cfg.lora.alpha / cfg.lora.rank * update).astype(kernel.dtype)
@@ -101,7 +109,7 @@ def _matches(site, path: str, cfg: TrunkConfig) -> bool:
   return re.fullmatch(cfg.lora.targets, path) is not None
 
 
-def _split(path: str) -> tuple[int, int]:
+def split(path: str) -> tuple[int, int]:
   """Leading stacked dimensions and contracted dimensions of a site's kernel."""
   stacked = path.startswith("stack/") + ("/experts/" in path)
   return stacked, CONTRACTED.get(path.rsplit("/", 1)[-1], 1)

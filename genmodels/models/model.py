@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import attend, lora, rope
+from genmodels.models import attend, drafts, lora, rope
 from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import TrunkConfig, from_section
-from genmodels.models.trunk import Trunk, plans
+from genmodels.models.trunk import Heads, Trunk, plans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Model:
 
     With `cfg.lora` the adapters are there too, drawn from a key of their own.
     """
-    params = nn.meta.unbox(self._boxed(key))
+    params = drafts.start(nn.meta.unbox(self._boxed(key)), self.cfg)
     return params if self.cfg.lora is None else lora.add(params, self.cfg, jax.random.fold_in(key, 1))
 
   def abstract_params(self):
@@ -90,6 +90,20 @@ class Model:
     """
     rngs = {} if key is None else {"dropout": key}
     return Trunk(self.cfg).apply({"params": params}, inputs, targets, cache, rngs=rngs)
+
+  def read(self, params: Any, head: str, hidden: jax.Array, valid: jax.Array, ids: jax.Array | None = None):
+    """The Dist of a categorical or draft head over hidden states that a call returned, without another pass.
+
+    Args:
+      hidden: [B, M, D], final states. valid: bool[B, M].
+      ids: int32[B, M, G], tokens that a draft head is fed.
+    """
+    B, M, _ = hidden.shape
+    slot = jnp.where(valid, jnp.arange(M, dtype=jnp.int32), -1)
+    given = None if ids is None else {"ids": ids}
+    target = Target(head, slot, jnp.zeros((B, M), jnp.int32), valid.astype(jnp.float32), given)
+    tables = {"tokens": params["embed"]["tokens"]["embedding"]} if self.cfg.vocab else {}
+    return Heads(self.cfg).apply({"params": params["heads"]}, hidden, tables, {"x": target})["x"]
 
   def _boxed(self, key):
     return Trunk(self.cfg).init({"params": key}, self._dummy(), {})["params"]

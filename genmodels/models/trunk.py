@@ -5,6 +5,7 @@ Legend: B rows · S slots · K id channels · D width · E conditions of a row �
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from genmodels import kernels
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import attend, heads, rope
+from genmodels.models import attend, drafts, heads, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
@@ -115,18 +116,32 @@ class Pattern(nn.Module):
 
   @nn.compact
   def __call__(self, x, cache, ctx):
-    new, stats = {}, {}
+    new, stats, (x, tapped) = {}, {}, x
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
       x, (new[f"l{i}"], stats[f"l{i}"]) = layer(self.cfg, spec, name=f"l{i}")(
         x, cache and cache[f"l{i}"], ctx
       )
-    return x, (None if cache is None else new, stats)
+      tapped = tap(self.cfg, tapped, x)
+    return (x, tapped), (None if cache is None else new, stats)
+
+
+def tap(cfg: TrunkConfig, tapped, x):
+  """(layers passed, states [T, B, S, D] of those in cfg.taps), one layer further; None stays None.
+
+  The states get no gradient: what reads them leaves the trunk as it is.
+  """
+  if tapped is None:
+    return None
+  passed, kept = tapped
+  place = [cfg.taps.index(i) if i in cfg.taps else len(cfg.taps) for i in range(cfg.layers)]
+  at = jnp.asarray(place, jnp.int32)[passed]
+  return passed + 1, kept.at[at].set(jax.lax.stop_gradient(x), mode="drop")
 
 
 class Stack(nn.Module):
-  """The only scan over layers: each segment's pattern, over its repeats."""
+  """The only scan over layers: each segment's pattern, over its repeats. Takes and returns (x, tapped)."""
 
   cfg: TrunkConfig
 
@@ -154,7 +169,7 @@ class Heads(nn.Module):
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, hidden, tables, targets: dict[str, Target]):
+  def __call__(self, hidden, tables, targets: dict[str, Target], taps=None, pos=None):
     cfg = self.cfg
     made = {}
     for name, head in cfg.heads:
@@ -165,6 +180,18 @@ class Heads(nn.Module):
           made[name] = None
         else:
           made[name] = self.variables["params"][name]
+        continue
+      if head.kind == "latent":
+        continue
+      if head.kind == "block":
+        made[name] = drafts.BlockDrafter(cfg, head, name=name)
+        if self.is_initializing():
+          made[name](taps, pos, drafts.empty_block(), tables)
+        continue
+      if head.kind == "draft":
+        made[name] = drafts.Draft(cfg, head, name=name)
+        if self.is_initializing():
+          made[name](hidden[:, :1], jnp.zeros((1, 1, head.given * cfg.width), hidden.dtype))
         continue
       size = cfg.vocab_padded if head.size is None else head.size
       bias = None
@@ -180,9 +207,24 @@ class Heads(nn.Module):
     dists = {}
     for term, target in targets.items():
       head = cfg.head(target.head)
-      h, valid = heads.read(hidden, target)
+      states = made[target.head](taps, pos, target.given, tables) if head.kind == "block" else hidden
+      h, valid = heads.read(states, target)
       if head.kind == "flow":
         dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
+      elif head.kind == "latent":
+        dists[term] = drafts.Latent(h, heads.at(hidden, target.given["slot"]), valid)
+      elif head.kind == "block":
+        read = dataclasses.replace(cfg.head(head.like), forbid=head.forbid, chunk=head.chunk)
+        dists[term] = heads.Categorical(h, made[head.like][0], None, valid, read, cfg.vocab)
+      elif head.kind == "draft":
+        fed = drafts.embedded(cfg, tables["tokens"], target.given, head.given, h)
+        h, weight = made[target.head](h, fed)
+        trunk = cfg.head(head.like)
+        weight = made[head.like][0] if weight is None else weight
+        read = dataclasses.replace(
+          trunk, forbid=head.forbid, tied=trunk.tied and head.shared, chunk=head.chunk
+        )
+        dists[term] = heads.Categorical(h, weight, None, valid, read, cfg.vocab)
       else:
         weight, bias = made[target.head]
         size = cfg.vocab if head.size is None else head.size
@@ -212,18 +254,28 @@ class Trunk(nn.Module):
     x = constrain(self._embed(inputs, tables).astype(dtype), ("batch", "seq", "act_embed"))
     ctx, work = self._context(inputs, tables, cache)
     x = dropout(self, x)
-    x, new, stats = Stack(cfg, name="stack")(x, None if cache is None else cache.layers, ctx)
+    tapped = None
+    if (
+      self.is_initializing()
+      or cache is not None
+      or any(cfg.head(t.head).kind == "block" for t in targets.values())
+    ):
+      tapped = (jnp.int32(0), jnp.zeros((len(cfg.taps), *x.shape), dtype)) if cfg.taps else None
+    x, new, stats = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
+    x, tapped = x
+    taps = None if tapped is None else tapped[1]
     x = trunk_norm(cfg, "final_norm")(x)
     if cfg.adaln == "zero":
       shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
       mod = Linear(cfg, "bec,cnd->bend", shape, axes, True, 0.0, name="final_mod")(ctx["cond"])
       scale, shift = modulation(mod, ctx["cond_index"], (0, 0))
       x = x * (1 + scale) + shift
-    dists = Heads(cfg, name="heads")(x, tables, targets)
+    dists = Heads(cfg, name="heads")(x, tables, targets, taps, inputs.pos)
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = {"code": code, "layers": new}
     layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
+    layers |= {} if taps is None else {"taps": taps}
     return Outputs(dists, new, work, layers)
 
   def _embed(self, inputs: Inputs, tables):

@@ -35,7 +35,7 @@ from genmodels.parallel import current_mesh
 Array = jax.Array
 
 ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
-WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart")
+WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart", "decay")
 NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
 MEASURES = ("nll", "entropy_correct")
 
@@ -50,10 +50,14 @@ class Term:
     align: which slot predicts token n: "same" slot n, "shift" slot n−1 of the stream (an AR head's
       semantics), "shift_clean_boundary" as shift, but the first token of a block is read from the
       clean stream's last slot before it, as block decoders with a shifted head do at inference.
+    ahead: with "shift", tokens between the slot that predicts and the one it is asked for: slot n − 1 − ahead
+      predicts token n (a draft head).
+    given: tokens right before the predicted one that the head is fed, see `models.Head.given`.
     on: "hit" scores corrupted tokens only, "all" every TEXT token.
     weight: "one", "inverse_marginal" = 1/P(hit), "nelbo" = the corruption's bound weight, "cart" = by the
-      distance of the tokens that are shown, see `rows.geometric_context`.
-    cart_p: decay of "cart".
+      distance of the tokens that are shown, see `rows.geometric_context`; "decay" = exp(−(k − 1)/decay) for
+      the k-th token of a block (0 the first), as a draft is worth less the more must be right before it.
+    cart_p: decay of "cart". decay: of "decay".
     normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
       mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
     measure: what is summed: "nll", or "entropy_correct", the entropy of predictions whose likeliest class is
@@ -65,9 +69,12 @@ class Term:
   head: str = "text"
   stream: str = CLEAN
   align: str = "same"
+  ahead: int = 0
+  given: int = 0
   on: str = "all"
   weight: str = "one"
   cart_p: float = 0.1
+  decay: float = 7.0
   normaliser: str = "all_valid"
   measure: str = "nll"
   scale: Schedule = 1.0
@@ -83,6 +90,16 @@ class Term:
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+    if self.ahead and self.align != "shift" or self.ahead < 0:
+      raise ValueError(
+        f"ahead is {self.ahead} with align {self.align!r}; it is at least 0, and 0 without 'shift'"
+      )
+    if not 0 <= self.given <= self.ahead + 1 or self.given and self.align != "shift":
+      raise ValueError(
+        f"given is {self.given}; a shifted head is fed at most the {self.ahead + 1} tokens since its slot"
+      )
+    if self.decay <= 0:
+      raise ValueError(f"decay is {self.decay}; it must be positive")
     if not 0 < self.cart_p < 1:
       raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
 
@@ -134,6 +151,8 @@ class Objective:
     mask_id: id of the absorbing state; −1 takes it from the data's tokenizer.
     router: losses of a mixture of experts, terms "router_balance" and "router_z"; see objectives.router.
     reproduction: permits a weight that is not the corruption's true marginal; every report says so.
+    adapters: where adapters act: at "all" slots, or at "masked" ones only (needs `model.lora.gated`; every
+      other slot computes the base model's bits).
   """
 
   corruption: Any = dataclasses.field(default_factory=lambda: {"kind": "clean"})
@@ -144,6 +163,7 @@ class Objective:
   mask_id: int = -1
   router: routers.Router = routers.Router()
   reproduction: bool = False
+  adapters: str = "all"
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -154,6 +174,8 @@ class Objective:
     }
     put("terms", terms)
     put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
+    if self.adapters not in ("all", "masked"):
+      raise ValueError(f"adapters is {self.adapters!r}; it must be 'all' or 'masked'")
     if self.corruption.dense:
       if len(self.layout.streams) > 1:
         raise ValueError(f"layout.streams is {self.layout.streams}; a random mask is of one stream")
@@ -259,7 +281,8 @@ class Objective:
     if noise.pairs is not None:
       least = self.least.mask(slots)
       masks = {p: DenseMask(least, most, noise.pairs) for p, most in masks.items()}
-    return Inputs(ids=ids[..., None], pos=pos, doc=slots.doc, masks=masks)
+    route = self.hits(noise, slots).astype(jnp.int32) if self.adapters == "masked" else None
+    return Inputs(ids=ids[..., None], pos=pos, doc=slots.doc, masks=masks, route=route)
 
   def shown(self, row: Row, noise: Noise, slots: Slots) -> Array:
     """int32[B, S]: the token that each slot shows (mask id, replacement, or the clean token)."""
@@ -270,18 +293,19 @@ class Objective:
       return token
     copy = jnp.asarray(self.layout.copy_of())[slots.stream]
     at = jnp.maximum(copy, 0) * N + src
-    hit = jnp.take_along_axis(noise.hit.reshape(B, -1), at, 1) & (copy >= 0)
     value = self.mask_id if noise.value is None else jnp.take_along_axis(noise.value.reshape(B, -1), at, 1)
-    return jnp.where(hit, value, token)
+    return jnp.where(self.hits(noise, slots), value, token)
+
+  def hits(self, noise: Noise, slots: Slots) -> Array:
+    """bool[B, S]: slots whose token is corrupted; no clean slot, no empty one."""
+    B, _, N = noise.hit.shape
+    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
+    at = jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0)
+    return jnp.take_along_axis(noise.hit.reshape(B, -1), at, 1) & (copy >= 0) & (slots.src >= 0)
 
   def carries(self, row: Row, noise: Noise, slots: Slots) -> Array:
     """bool[B, S, N]: the tokens that a slot's input holds something of. Quadratic: for the leak law."""
-    B, N = row.tokens.shape
-    copy = jnp.asarray(self.layout.copy_of())[slots.stream]
-    hit = jnp.take_along_axis(
-      noise.hit.reshape(B, -1), jnp.maximum(copy, 0) * N + jnp.maximum(slots.src, 0), 1
-    )
-    shown = (slots.src >= 0) & ((copy < 0) | ~hit)  # a noisy slot shows its token where that was not hit
+    shown = (slots.src >= 0) & ~self.hits(noise, slots)  # a noisy slot shows its token where that was not hit
     return shown[..., None] & (slots.src[..., None] == rows.coordinates(row.doc)[:, None])
 
   def read(self, row: Row, noise: Noise, slots: Slots, term: Term) -> Array:
@@ -298,7 +322,7 @@ class Objective:
       # Slot n−1 of the clean stream where token n opens a block, of the noisy one elsewhere.
       opens = jnp.roll(n == noise.blk_lo, -1, axis=1)
       before = jnp.where(opens, clean, own)
-    return jnp.where(n > doc_lo, jnp.roll(before, 1, axis=1), -1)
+    return jnp.where(n - term.ahead > doc_lo, jnp.roll(before, 1 + term.ahead, axis=1), -1)
 
   # -- training -------------------------------------------------------------------------------------
 
@@ -349,6 +373,9 @@ class Objective:
     elif term.weight == "cart":
       shown = (row.doc >= 0) & ~noise.hit[:, copy]
       weight = weight * rows.geometric_context(row.doc, shown, term.cart_p)
+    elif term.weight == "decay":
+      place = rows.coordinates(row.doc) - noise.blk_lo
+      weight = weight * jnp.exp(-(place - 1) / term.decay)
     if self.layout.copy_slots:
       # The laws leave one reason for a token without a slot: a row that no packer made. Loud, not dropped.
       lost = eligible(row) & (read < 0) & (rows.coordinates(row.doc) > doc_lo)
@@ -363,7 +390,10 @@ class Objective:
       "answer_len": documents & (rows.count_in(doc_lo, doc_hi, valid) > 0),
       "batch": documents,
     }[term.normaliser]
-    target = Target(head=term.head, slot=jnp.where(scored, read, -1), value=row.tokens, weight=weight)
+    given = None
+    if term.given:
+      given = {"ids": jnp.stack([jnp.roll(row.tokens, j, axis=1) for j in range(term.given, 0, -1)], -1)}
+    target = Target(term.head, jnp.where(scored, read, -1), row.tokens, weight, given)
     return target, jnp.sum(denominator.astype(jnp.float32))
 
   def loss(self, outputs: Outputs, targets: dict[str, Target]) -> tuple[dict[str, Array], dict]:
@@ -470,6 +500,7 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.drafts import BlockDraft, MultiToken
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
@@ -481,6 +512,8 @@ def registry() -> dict[str, type]:
   return {
     "tokens": Objective,
     "block_distill": BlockDistill,
+    "multi_token": MultiToken,
+    "block_draft": BlockDraft,
     "block_policy": BlockPolicy,
     "esoteric": Esoteric,
     "next_token_image": NextTokenImage,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from genmodels import config
 from genmodels.config import ConfigError
-from genmodels.sampling import diffuspec, drafters, joint, speculate, verify
+from genmodels.sampling import diffuspec, draft_heads, drafters, joint, speculate, verify
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.loop import Sampler
 
@@ -23,6 +23,8 @@ DRAFTERS = {
   "jacobi": drafters.Jacobi,
   "model": drafters.Small,
   "tidar": drafters.TiDAR,
+  "heads": draft_heads.Heads,
+  "masks": draft_heads.Masks,
   "diffuspec": diffuspec.DiffuSpec,
   "marginals": joint.Marginals,
 }

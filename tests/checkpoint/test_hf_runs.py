@@ -1,5 +1,6 @@
 """Import and export of Hugging Face folders: bad input, runs, config sections, kills, memory."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import cli
+from genmodels import cli, models, state
 from genmodels.checkpoint import (
   adopt,
   folder,
+  hf_adapters,
   hf_config,
   hf_export,
   hf_import,
@@ -29,6 +31,7 @@ from genmodels.config import ConfigError
 from genmodels.data import tokenizers
 from genmodels.models import config as trunk_config
 from tests.checkpoint import folders
+from tests.models import cases
 
 # ------------------------------------------------------------------------------------- bad input
 
@@ -210,13 +213,97 @@ def test_export_of_a_run(tmp_path):
     hf_export.export_folder(str(run), str(tmp_path / "x"), tree="teacher", layout="qwen3")
 
 
-def test_adapters_and_hidden_averages_are_not_dropped(tmp_path):
+def adapted(tmp_path, gated=False):
+  """(import, its leaves with random adapters, the workdir): a run with adapters of rank 2 on q, o and down."""
+  src, _, done = folders.imported(tmp_path)
+  leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}
+  section = json.loads((done.directory / "config.json").read_text())["model"]
+  spec = {"rank": 2, "alpha": 3.0, "targets": "stack/.*/(q|o|down)", "gated": gated}
+  shapes = models.build(hf_import.tuples({**section, "lora": spec})).abstract_params()
+  rng = np.random.default_rng(5)
+  for name, x in state.param_paths(shapes).items():
+    if "lora_" in name:
+      leaves[name] = rng.standard_normal(x.shape).astype(np.float32)
+  return src, leaves, workdir(tmp_path / "lora", done, {"model": leaves}, model={**section, "lora": spec})
+
+
+def test_adapters_are_merged_on_export(tmp_path):
+  """W + alpha/r · B·A in torch's names, whatever is not adapted bit for bit; or the base model, if asked for."""
+  src, leaves, run = adapted(tmp_path)
+  made = hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3", like=str(src))
+  before, after = tensors.folder(src), tensors.folder(tmp_path / "out")
+  assert set(before) == set(after) and made["tensors"] == len(after)
+  for name, t in after.items():
+    base, module = before[name].open().astype(np.float32), name.split(".")[-2]
+    want = base
+    if module in ("q_proj", "o_proj", "down_proj"):
+      site = {"q_proj": "attn/q", "o_proj": "attn/o", "down_proj": "mlp/down"}[module]
+      i = int(name.split(".")[2])
+      a, b = (leaves[f"stack/s0/l0/{site}/lora_{x}"][i] for x in "ab")
+      want = base + 1.5 * (a.reshape(-1, 2) @ b.reshape(2, -1)).T
+      assert np.abs(want - base).max() > 0.1
+    np.testing.assert_allclose(t.open(), want, rtol=1e-6, atol=1e-6)
+    assert module in ("q_proj", "o_proj", "down_proj") or (np.asarray(t.open()) == base).all()
+  hf_export.export_folder(str(run), str(tmp_path / "base"), layout="qwen3", like=str(src), adapters="drop")
+  for name, t in tensors.folder(tmp_path / "base").items():
+    np.testing.assert_array_equal(t.open(), before[name].open())
+  with pytest.raises(ConfigError, match="has no adapters"):
+    hf_export.export_folder(str(tmp_path / "dst"), str(tmp_path / "x"), adapters="peft")
+  assert not (tmp_path / "x").exists()
+
+
+def test_gated_adapters_are_not_merged(tmp_path):
+  """They are refused by name; as a PEFT folder they say where they act."""
+  src, leaves, run = adapted(tmp_path, gated=True)
+  with pytest.raises(ConfigError, match=r"gated(.|\n)*'peft' for the adapters alone, 'drop' for the base"):
+    hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3")
+  assert not (tmp_path / "out").exists()
+  done = cli.main(["export", str(run), str(tmp_path / "peft"), "--layout", "qwen3", "--adapters", "peft"])
+  assert done == 0 and not (tmp_path / "peft" / "config.json").exists()
+  settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+  assert (settings["r"], settings["lora_alpha"], settings["target_modules"]) == (
+    2,
+    3.0,
+    ["down_proj", "o_proj", "q_proj"],
+  )
+  assert json.loads((tmp_path / "peft" / "gate.json").read_text())["gated"] is True
+  named = tensors.header(tmp_path / "peft" / "adapter_model.safetensors")[0]
+  assert len(named) == 3 * 2 * 3
+  a = named["base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"].open()
+  np.testing.assert_array_equal(a, leaves["stack/s0/l0/attn/o/lora_a"][1].reshape(-1, 2).T)
+  with pytest.raises(ConfigError, match="single sites"):
+    hf_adapters.write(
+      tmp_path,
+      models.build(trunk_config.TrunkConfig(24, 4, 40, 300, layers=3)).cfg,
+      "gpt2",
+      {},
+      [],
+      "F32",
+      {},
+    )
+
+
+def test_draft_heads_stay_behind(tmp_path):
+  """They have no tensor in any layout: the trunk is exported as it came, and the run says what it keeps."""
+  src, _, done = folders.imported(tmp_path)
+  leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}
+  section = json.loads((done.directory / "config.json").read_text())["model"]
+  drafts = {"draft1": {"kind": "draft", "depth": 1}, "block": {"kind": "block", "depth": 1, "taps": (0, 2)}}
+  section |= {"heads": {**section["heads"], **drafts}}
+  shapes = state.param_paths(models.build(hf_import.tuples(section)).abstract_params())
+  more = {n: np.zeros(x.shape, np.float32) for n, x in shapes.items() if n not in leaves}
+  assert {n.split("/")[1] for n in more} == {"draft1", "block"}
+  run = workdir(tmp_path / "run", done, {"model": leaves | more}, model=section)
+  made = hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3", like=str(src))
+  assert made["notes"] == ("draft heads stay in the run: block, draft1",)
+  before = tensors.folder(src)
+  for name, t in tensors.folder(tmp_path / "out").items():
+    np.testing.assert_array_equal(t.open(), before[name].open())
+
+
+def test_hidden_averages_are_not_dropped(tmp_path):
   _, _, done = folders.imported(tmp_path)
   leaves = {n: np.asarray(done.leaf(n)) for n in done.manifest["leaves"]}
-  lora = leaves | {"stack/s0/l0/attn/q/lora_a": np.zeros((3, 24, 2), np.float32)}
-  run = workdir(tmp_path / "lora", done, {"model": lora})
-  with pytest.raises(ConfigError, match=r"1 adapter leaves (.|\n)*merge"):
-    hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3")
   run = workdir(tmp_path / "free", done, {"model": leaves}, optim={"name": "schedule_free"})
   with pytest.raises(ConfigError, match="average that lies in the optimizer"):
     hf_export.export_folder(str(run), str(tmp_path / "out"), layout="qwen3")
@@ -251,6 +338,42 @@ def test_adopt_takes_the_model_and_leaves_the_recipe(tmp_path):
   adopt.adopt(cfg, str(tmp_path / "dst2"), "")
   assert cfg.objective.masks.to_dict() == {"full": "bd3", "local": "bd3&NEAR(6)"}
   assert cfg.objective.mask_id == 299 and "mask_row" not in cfg.init  # a row of its own, trained
+
+
+@pytest.mark.parametrize("name", ["mtp", "medusa"])
+def test_adopt_keeps_adapters_and_draft_heads(tmp_path, name):
+  """The checkpoint's trunk, fresh adapters, and draft heads that start as the checkpoint's own head."""
+  from genmodels import config
+
+  src, _ = folders.make(tmp_path / "src", "qwen3")
+  hf_import.import_folder(str(src), str(tmp_path / "dst"))
+  cfg = config.load(f"language/{name}:tiny")
+  cfg.data = {"kind": "tokenizer", "seq_len": 32, "vocab": 300}
+  cfg.objective.mask_id, cfg.model.vocab_multiple = 299, 1
+  notes = adopt.adopt(cfg, str(tmp_path / "dst"), "").notes
+  assert any("fresh draft heads" in n for n in notes)
+  model = models.build(config.plain(cfg.model))
+  with_heads = {"mtp": {"sampler", "latent"}, "medusa": {f"medusa{k}" for k in range(1, 6)}}[name]
+  assert {n for n, _ in model.cfg.heads} == {"text"} | with_heads
+  fresh = state.param_paths(cases.draw(model.abstract_params()))
+  axes = state.param_paths(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
+  recipe = config.build_kind(init.REGISTRY, cfg.init, "init")
+  recipe = dataclasses.replace(recipe, mask_row="", mask_id=-1)
+  leaves, _ = recipe.load(fresh, axes)
+  source = folder.Folder.open(tmp_path / "dst")
+  for leaf, x in leaves.items():
+    if leaf in source.manifest["leaves"]:
+      np.testing.assert_array_equal(x, source.leaf(leaf))
+    elif leaf.endswith("out/kernel"):
+      np.testing.assert_array_equal(x, source.leaf("heads/text/kernel"))
+    else:
+      assert "lora_" in leaf or "block" in leaf or "norm" in leaf
+      np.testing.assert_array_equal(x, fresh[leaf])
+  theirs = json.loads((tmp_path / "dst" / "config.json").read_text())
+  tied = {**theirs["model"], "heads": {"text": {"tied": True}}}
+  if name == "medusa":
+    with pytest.raises(ConfigError, match="tied to its token table"):
+      adopt._with_drafts(tied["heads"], config.plain(cfg.model.heads))
 
 
 def test_sampling_and_evaluation_of_an_import_say_what_does_not_fit(tmp_path, capsys):

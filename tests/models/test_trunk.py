@@ -61,14 +61,15 @@ def test_scan_equals_a_loop_over_layers():
 
   class Loop(trunk.Stack):
     @nn.compact
-    def __call__(self, h, cache, ctx):
+    def __call__(self, x, cache, ctx):
+      h, tapped = x
       for i in range(cfg.layers):
         segment, repeat, position = layer_path(cfg, i)
         leaves = self.variables["params"][f"s{segment}"][f"l{position}"]
         spec = cfg.segments[segment].pattern[position]
         one = jax.tree.map(lambda a: a[repeat], leaves)
         h, _ = Layer(cfg, spec, parent=None).apply({"params": one}, h, None, ctx)
-      return h, None, {}
+      return (h, tapped), None, {}
 
   want = cases.run(model, params, x)
   with pytest.MonkeyPatch.context() as patch:

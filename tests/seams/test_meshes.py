@@ -25,6 +25,8 @@ MESHES = {
 # `make test` takes one mesh with three axes, `make test-all` every one.
 FAST = [("language/bd3lm", "8 data fsdp tensor")]
 ALL = [(name, mesh) for name in ("language/bd3lm", "language/ar") for mesh in MESHES]
+# Heads and adapters with a frozen trunk: `make test-full`.
+DRAFTS = [(name, "8 fsdp tensor context") for name in ("language/mtp", "language/hydra", "language/dflash")]
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 host devices")
 
@@ -44,7 +46,9 @@ def alone():
 
 
 @pytest.mark.parametrize(
-  "name, mesh", [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in ALL]
+  "name, mesh",
+  [c if c in FAST else pytest.param(*c, marks=pytest.mark.slow) for c in ALL]
+  + [pytest.param(*c, marks=pytest.mark.full) for c in DRAFTS],
 )
 def test_losses_and_gradients_do_not_know_the_mesh(alone, name, mesh):
   want, (first, _), _ = alone(name)

@@ -1,5 +1,6 @@
 """Interval attention, tile lists, chunked cross-entropy, grouped products. See docs/masks.md."""
 
+from genmodels.kernels import dense
 from genmodels.kernels.attention import (
   attention,
   bounded,
@@ -31,6 +32,7 @@ __all__ = [
   "current",
   "decode",
   "decode_plan",
+  "dense",
   "explain",
   "gradients",
   "grouped_matmul",

@@ -31,7 +31,7 @@ FORBIDDEN = [
   ("data", "from genmodels import contracts", "Data imports nothing of ours but config"),
   ("data", "import jax", "Data imports nothing of ours but config"),
   ("checkpoint", "from genmodels import objectives", "Checkpoints know no objective"),
-  ("evals", "from genmodels import train", "Nothing imports train but cli and quickstart"),
+  ("evals", "from genmodels import train", "Nothing imports train but cli, quickstart and the studies"),
   ("sampling", "import flax.linen", "Flax stays in models and latents"),
   ("objectives", "import orbax.checkpoint", "Orbax stays in checkpoint"),
   ("optim", "import grain", "Grain stays in data"),

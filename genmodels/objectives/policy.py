@@ -115,7 +115,7 @@ class BlockPolicy(Objective):
         row, noise, aux["per_token"][self.likelihood], logp, choice, step
       )
       aux = {"per_token": {}, "ratios": more["ratios"], "work": aux["work"], "stats": more["stats"]}
-    return sums, denominators, aux
+    return self.routed(outputs, sums, denominators, aux)
 
   def sizes(self, nets: Nets, row: Row, key: Array, step):
     """(float32[B, N, C] log-probabilities of the size of a block that begins at each token, Outputs read)."""

@@ -498,12 +498,19 @@ def configs_root() -> pathlib.Path:
   )
 
 
-def names() -> list[str]:
-  """Every system file under `configs_root()`, as `group/name`, sorted."""
+SAMPLERS = "samplers"  # the group of files that say how to decode, and nothing of a model
+
+
+def names(samplers: bool = False) -> list[str]:
+  """Every system file under `configs_root()`, as `group/name`, sorted; or every sampler file."""
   root = configs_root()
   found = (p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.py"))
   return sorted(
-    n for n in found if "/" in n and not any(part.startswith(("_", ".")) for part in n.split("/"))
+    n
+    for n in found
+    if "/" in n
+    and not any(part.startswith(("_", ".")) for part in n.split("/"))
+    and n.startswith(f"{SAMPLERS}/") == samplers
   )
 
 
@@ -524,7 +531,10 @@ def find(ref: str) -> tuple[pathlib.Path, str]:
   elif (configs_root() / f"{base}.py").is_file():
     return configs_root() / f"{base}.py", variant
   raise ConfigError(
-    "no such config", key="config", value=ref, fix=did_you_mean(base, names()) + "; or a path to a .py file"
+    "no such config",
+    key="config",
+    value=ref,
+    fix=did_you_mean(base, names() + names(samplers=True)) + "; or a path to a .py file",
   )
 
 
@@ -576,6 +586,18 @@ def load(ref: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
         f"unknown section of {path.name}", key=key, value=plain(cfg[key]), fix=did_you_mean(key, SECTIONS)
       )
   return cfg
+
+
+def merged(base: Mapping, changes: Mapping) -> dict:
+  """A section with changes: sections inside it are merged too, unless their kind changes."""
+  out = dict(base)
+  for key, value in changes.items():
+    old = out.get(key)
+    if isinstance(old, Mapping) and isinstance(value, Mapping):
+      if value.get("kind", old.get("kind")) == old.get("kind"):
+        value = merged(old, value)
+    out[key] = value
+  return out
 
 
 def parse_value(text: str) -> Any:

@@ -97,6 +97,7 @@ class Noise:
     blk_lo, blk_hi: int32[B, N], the token's block as an interval of row coordinates.
     value: int32[B, C, N] or None, what stands at a hit token (None: the mask id).
     drop: bool[B, D] or None, conditions dropped for classifier-free guidance.
+    pairs: bool[N, N] or None, (query, key) pairs of a random mask, one for all rows: it takes the dense path.
   """
 
   level: Array
@@ -108,6 +109,7 @@ class Noise:
   blk_hi: Array
   value: Array | None = None
   drop: Array | None = None
+  pairs: Array | None = None
 
 
 @pytree("shards", "whole_blocks")

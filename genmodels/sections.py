@@ -41,6 +41,16 @@ def system(
   return cfg
 
 
+def sampler(
+  name: str, *, title: str, arxiv: str, row: int, tests: tuple[str, ...], **sections
+) -> ml_collections.ConfigDict:
+  """A sampler file: its paper, its tests, and the sections that decoding changes (sampler, model)."""
+  paper = {"title": title, "arxiv": arxiv, "row": row}
+  return ml_collections.ConfigDict(
+    {"name": name, "paper": paper, "tests": tuple(tests), **sections}, convert_dict=True
+  )
+
+
 def llama(width: int, layers: int, heads: int, mlp: int, *, kv_heads: int | None = None, **kw) -> dict:
   """A Llama-class trunk: RMS norm, RoPE, SwiGLU, no biases; bf16 compute over fp32 masters."""
   return {

@@ -27,9 +27,10 @@ class TrainState:
 
   Fields:
     step: int32[], optimizer steps taken or skipped, which is also the index of the next batch.
-    trees: {name: parameters}; "model" is trained, others ("ema", "teacher") follow or stand still.
-    opt: {player: optax state}; in the one-player case the player is the tree it trains, "model".
-    stats: {name: arrays} that no gradient moves: the skip-step statistics, codebook averages.
+    trees: {name: parameters}; "model" is trained, others are trained by further players ("policy", "critic"),
+      follow ("ema") or stand still ("teacher").
+    opt: {player: optax state}, over the tree or the trees that the player trains.
+    stats: {name: arrays} that no gradient moves: the skip-step statistics; the objective's under "objective".
   """
 
   step: Array
@@ -38,21 +39,35 @@ class TrainState:
   stats: dict[str, Any]
 
 
-def create(trees: dict[str, Any], txs: dict[str, Any], stats: dict[str, Any] | None = None) -> TrainState:
+def owned(trees: dict[str, Any], names: tuple[str, ...]) -> Any:
+  """What a player trains: a tree, or {tree: parameters} of several."""
+  return trees[names[0]] if len(names) == 1 else {name: trees[name] for name in names}
+
+
+def create(
+  trees: dict[str, Any],
+  txs: dict[str, Any],
+  stats: dict[str, Any] | None = None,
+  owns: dict[str, tuple[str, ...]] | None = None,
+) -> TrainState:
   """A state at step 0; jit it with `out_shardings` so that every leaf is born where it belongs.
 
   Args:
     trees: {name: parameters}.
-    txs: {player: optax transformation}; player p is initialised over trees[p].
+    txs: {player: optax transformation}.
     stats: initial statistics.
+    owns: {player: names of the trees it trains}; one that is not named trains the tree of its own name.
 
   Raises:
-    ValueError: a player has no tree of its name.
+    ValueError: a player trains a tree that is not there.
   """
-  for player in txs:
-    if player not in trees:
-      raise ValueError(f"player {player!r} trains no tree of {sorted(trees)}; name the player after one")
-  opt = {player: tx.init(trees[player]) for player, tx in txs.items()}
+  owns = {player: (owns or {}).get(player, (player,)) for player in txs}
+  for player, names in owns.items():
+    if not set(names) <= set(trees):
+      raise ValueError(
+        f"player {player!r} trains no tree of {sorted(trees)}; name the player after one, or name its trees"
+      )
+  opt = {player: tx.init(owned(trees, owns[player])) for player, tx in txs.items()}
   return TrainState(jnp.zeros([], jnp.int32), dict(trees), opt, dict(stats or {}))
 
 
@@ -110,7 +125,12 @@ def like_params(tree: Any, abstract_params: Any, param_shardings: Any, mesh: Mes
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def shardings(abstract_state: TrainState, param_shardings: dict[str, Any], mesh: Mesh) -> TrainState:
+def shardings(
+  abstract_state: TrainState,
+  param_shardings: dict[str, Any],
+  mesh: Mesh,
+  owns: dict[str, tuple[str, ...]] | None = None,
+) -> TrainState:
   """NamedShardings of a whole state.
 
   Args:
@@ -118,6 +138,7 @@ def shardings(abstract_state: TrainState, param_shardings: dict[str, Any], mesh:
     param_shardings: {tree: NamedShardings}; a tree without an entry takes those of "model" where
       paths and shapes agree (an EMA), and is replicated elsewhere.
     mesh: the device mesh.
+    owns: as of `create`.
 
   Returns:
     TrainState of NamedShardings: trees as given, optimizer states like their player's tree,
@@ -131,7 +152,11 @@ def shardings(abstract_state: TrainState, param_shardings: dict[str, Any], mesh:
     return like_params(value, abstract_state.trees["model"], param_shardings["model"], mesh)
 
   trees = {name: tree(name, value) for name, value in abstract_state.trees.items()}
-  opt = {p: like_params(o, abstract_state.trees[p], trees[p], mesh) for p, o in abstract_state.opt.items()}
+  own = lambda what, player: owned(what, (owns or {}).get(player, (player,)))
+  opt = {
+    p: like_params(o, own(abstract_state.trees, p), own(trees, p), mesh)
+    for p, o in abstract_state.opt.items()
+  }
   return TrainState(rep, trees, opt, jax.tree.map(lambda _: rep, abstract_state.stats))
 
 

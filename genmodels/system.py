@@ -25,7 +25,8 @@ class System:
     cfg: the ConfigDict.
     data: the Data room's object; latent: a bound Latent or None.
     objective, model: built and checked against each other; the model's attention is resolved.
-    fns: {name: fn(trees, inputs, targets, **kw) -> Outputs}; the model, and views of its tree.
+    fns: {name: fn(trees, …) -> Outputs, or what the network gives}; the model, views of its tree, and `nets`.
+    nets: {name: network with a tree of its own}: init, abstract_params, logical_axes, apply as of a Model.
     attention: the implementation of attention and why, for people.
     notes: warnings for people, printed once.
   """
@@ -38,6 +39,7 @@ class System:
   fns: dict[str, Callable]
   attention: str = ""
   notes: tuple[str, ...] = ()
+  nets: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def exact(self):
@@ -70,12 +72,15 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   model = models.build(section)
   _agree(objective, model)
   notes = list(laws.check(objective))
+  if objective.corruption.dense:
+    notes += [_dense(objective, source.meta.seq_len, mesh)]
   if model.cfg.attention_capacity is not None and not kernels.bounded(implementation):
     notes += [f"model.attention_capacity is without effect: lists of {implementation} hold the worst case"]
   if warning := kernels.caution(implementation, model.cfg.attention_safe):
     notes += [f"{warning} (model.attention_safe=True)"]
   attention = f"{implementation} ({why})"
-  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes))
+  nets = networks(cfg, model)
+  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes), nets)
 
 
 def row_of(batch: dict) -> Row:
@@ -83,6 +88,23 @@ def row_of(batch: dict) -> Row:
   side = {k.removeprefix("side/"): v for k, v in batch.items() if k.startswith("side/")}
   docs = Documents(*(batch[k] for k in ("example_id", "occurrence", "rank", "mode", "source")), side)
   return Row(*(batch[k] for k in ("tokens", "doc", "pos", "role", "modality", "index")), docs)
+
+
+def _dense(objective, length: int, mesh) -> str:
+  """What to say of a random mask, or ConfigError: it is for short rows on one context shard."""
+  slots, shards = length * len(objective.layout.streams), 1 if mesh is None else mesh.shape["context"]
+  kind = getattr(objective.corruption, "_config_kind", type(objective.corruption).__name__)
+  if slots > kernels.dense.LIMIT:
+    raise ConfigError(
+      f"corruption {kind!r} draws a mask of all pairs, for at most {kernels.dense.LIMIT} slots",
+      key="data.seq_len", value=length, fix="shorter rows, or blocks that grow (configs/language/nbdiff.py)",
+    )  # fmt: skip
+  if shards > 1:
+    raise ConfigError(
+      f"corruption {kind!r} draws a mask of all pairs, which does not split over context shards",
+      key="mesh.context", value=shards, fix="1",
+    )  # fmt: skip
+  return f"masks {', '.join(objective.masks)} are no intervals: dense attention over {slots} × {slots} pairs"
 
 
 def _attention(section, mesh) -> tuple[str, str]:
@@ -119,6 +141,10 @@ def _agree(objective, model) -> None:
         "the model has no such head", key=f"objective.terms.{name}.head", value=term.head,
         fix=f"one of {', '.join(heads)}, or add it to model.heads",
       )  # fmt: skip
+    if term.measure != "nll" and heads[term.head].kind != "categorical":
+      raise ConfigError(
+        "its head has no classes", key=f"objective.terms.{name}.measure", value=term.measure, fix="'nll'"
+      )
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(
@@ -132,14 +158,36 @@ def _agree(objective, model) -> None:
     )  # fmt: skip
 
 
+def networks(cfg, model) -> dict[str, Any]:
+  """Networks beside the model: `trees.<name> = {"kind": …}`, one of models.NETS, with a tree of its own.
+
+  Raises:
+    ConfigError: unknown kind, a wrong key, or a name that is taken.
+  """
+  nets = {}
+  for name, spec in sorted((config.plain(cfg.get("trees")) or {}).items()):
+    if not isinstance(spec, dict) or "kind" not in spec:
+      continue
+    if name in ("model", "ema"):
+      raise ConfigError("the name is taken", key="trees", value=name, fix="another name")
+    nets[name] = config.build_kind(models.NETS, spec, f"trees.{name}").network(model)
+  return nets
+
+
 def functions(cfg, model) -> dict[str, Callable]:
-  """Networks by name: "model", and `trees.<name> = {"view": "no_lora"}`: the same tree without adapters."""
+  """Networks by name: "model", `networks`, and `trees.<name> = {"view": "no_lora"}`: the model's tree without
+  adapters."""
   fns = {"model": lambda trees, *a, **kw: model.apply(trees["model"], *a, **kw)}
+  for name, net in networks(cfg, model).items():
+    fns[name] = lambda trees, *a, name=name, net=net, **kw: net.apply(trees[name], *a, **kw)
   for name, spec in config.plain(cfg.get("trees", {}) or {}).items():
+    if name in fns:
+      continue
     view = spec.get("view") if isinstance(spec, dict) else spec
     if view != "no_lora":
       raise ConfigError(
-        "unknown view", key=f"trees.{name}.view", value=view, fix="the known view is 'no_lora'"
-      )
+        "unknown view", key=f"trees.{name}.view", value=view,
+        fix=f"the known view is 'no_lora'; a network of its own has a kind: {', '.join(models.NETS)}",
+      )  # fmt: skip
     fns[name] = lambda trees, *a, **kw: model.apply(models.lora.strip(trees["model"]), *a, **kw)
   return fns

@@ -1,4 +1,4 @@
-"""`genmodels systems`: every system, its paper, its variants and the tests that pin it.
+"""`genmodels systems`: every system and sampler, its paper, its variants and the tests that pin it.
 
 The list is read from the configs: each file under configs/ states `paper` (title, arXiv id, row in the
 triage table of published systems, -1 where the system is none of them) and `tests` (pytest node ids).
@@ -57,8 +57,8 @@ def system(name: str) -> System:
 
 
 def all_systems() -> list[System]:
-  """Every system under configs/, by name."""
-  return [system(name) for name in config.names()]
+  """Every system under configs/, by name; then every sampler."""
+  return [system(name) for name in config.names() + config.names(samplers=True)]
 
 
 def parser() -> argparse.ArgumentParser:

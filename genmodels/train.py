@@ -109,6 +109,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   parts = system.build(cfg, workdir=str(workdir), mesh=mesh)
   model, objective = parts.model, parts.objective
   program = steps.program(parts, tcfg, ocfg, tcfg.steps, mesh)
+  others = steps.player_configs(cfg)
   # A table: computed when it is logged, the rate would queue behind the running step and be charged its time.
   rates = np.asarray(jax.jit(jax.vmap(program.lr))(np.arange(tcfg.steps)))
   resolved = config.resolved(
@@ -120,6 +121,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       "mesh": mcfg,
       "model": model.cfg,
       "objective": objective,
+      "players": others,
     }
   )
   if lead:
@@ -152,6 +154,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   compiled = program.step if debug else program.jitted
   ranges = multihost.row_ranges(rules.row_sharding(mesh), batch_size)
   held = evals.Evaluator(ecfg, parts, mesh, key) if ecfg.every else None
+  survey = evals.survey.of(parts, mesh, key)
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
   attention, heads = models.attention_sizes(model.cfg), models.head_paths(model.cfg)
@@ -174,6 +177,8 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
           flops=sum(_flops(flops, w, 3 if name == "model" else 1) for name, w in m["work"].items() if w),
         )
+      idle = tuple(f"{name}/" for name, p in others.items() if at % p.every)  # they report zeros
+      m = {k: v for k, v in m.items() if not k.startswith(idle)}
       scalars = {k: float(v) for k, v in m.items() if np.ndim(v) == 0 and not isinstance(v, dict)}
       if scalars["skipped"]:
         say(
@@ -225,6 +230,14 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
         if wait:
           record(*pending)
           pending = None
+        if survey is not None and survey.due(at):
+          if pending is not None:
+            record(*pending)
+            pending = None
+          with ledger.span("survey"):
+            state = survey(state, at)
+            found = {k: np.round(np.asarray(v), 4).tolist() for k, v in state.stats["objective"].items()}
+            say(f"step {at}: survey of held-out losses: {found}")
         run.state, run.step = state, at
 
         metric = None

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from genmodels import config, data, evals, optim, sampling, system, train
+from genmodels import step as steps
 from genmodels.checkpoint import manager as checkpoints
 from genmodels.data import tokenizers
 from genmodels.objectives import laws
@@ -86,6 +87,8 @@ def resolved(ref: str) -> dict:
       "init": config.plain(cfg.init),
       "trees": config.plain(cfg.get("trees")),
     }
+    # Only some systems have further players.
+    | ({"players": steps.player_configs(cfg)} if cfg.get("players") else {})
   )
 
 

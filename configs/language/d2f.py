@@ -45,7 +45,7 @@ def get_config(variant: str = ""):
     optim=sections.adamw(1e-5, warmup=100, freeze=("^(?!.*lora_)",)),
     train={"steps": 10_000},
     trees={"teacher": {"view": "no_lora"}},
-    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "prob"},
+    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "prob", "active": {"kind": "pipeline"}},
   )
   cfg.batch_size = 32
   if variant == "tiny":

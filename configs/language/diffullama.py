@@ -4,8 +4,8 @@
 
 The default variant is the 7B model: one level per sequence, p = t, shifted cross-entropy over t averaged over
 masked tokens, lr 1.5e-5, 2048 tokens, 20k steps (about 65B tokens). The 7B run switches causal attention off
-at once, which is what stands here; the GPT-2 runs anneal a random mask, which is no union of intervals: block
-sizes that grow (`configs/language/nbdiff.py`) are the annealing that is.
+at once, which is what stands here; the GPT-2 runs anneal a random mask (`configs/language/diffugpt.py`). At
+this length block sizes that grow (`configs/language/nbdiff.py`) are the annealing that the kernels know.
 """
 
 from genmodels import sections
@@ -25,7 +25,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(2048),
     optim=sections.adamw(1.5e-5, warmup=2000, kind="cosine"),
     train={"steps": 20_000},
-    sampler={"quota": {"kind": "linear", "steps": 64}, "score": "random", "top_p": 0.9},
+    sampler={"quota": {"kind": "ancestral", "steps": 64, "schedule": "linear"}, "top_p": 0.9},
   )
   cfg.batch_size = 1600
   if variant == "tiny":

@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
     optim=sections.adamw(1e-5, warmup=1000, kind="cosine", weight_decay=0.1),
     train={"steps": 140_000},
     sampler={
-      "quota": {"kind": "linear", "steps": 512},
+      "quota": {"kind": "share", "steps": 512},
       "score": "neg_entropy",
       "temperature": 0.2,
       "top_p": 0.95,

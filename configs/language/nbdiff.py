@@ -49,7 +49,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(8192),
     optim=sections.adamw(1e-5, warmup=500, kind="cosine", weight_decay=0.1),
     train={"steps": 40_000},
-    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "neg_entropy"},
+    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "prob"},
   )
   cfg.batch_size = 512
   if variant == "tiny":

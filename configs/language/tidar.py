@@ -5,7 +5,7 @@
 The diffusion stream is all masks, in training as in decoding: one step per block, no noise schedule. The
 clean stream stays causal and keeps its AR loss; the loss is (α·AR + diffusion)/(1 + α) with α = 1. The
 default variant is Qwen3-8B shaped, blocks of 16, 150B tokens (unverified). Reported likelihoods are the AR
-model's.
+model's. Decoding verifies the last forward's drafts and drafts the next ones in one forward.
 """
 
 from genmodels import sections
@@ -22,6 +22,8 @@ def get_config(variant: str = ""):
     tests=(
       "tests/objectives/test_conversion.py::test_all_mask_systems_mask_everything",
       "tests/objectives/test_conversion.py::test_clean_stream_keeps_the_ar_loss",
+      "tests/sampling/test_speculate.py::test_tidar_keeps_the_targets_ids",
+      "tests/sampling/test_speculate.py::test_the_chosen_group_is_the_committed_prefix",
     ),
     model=sections.qwen3(4096, 36, 32, 8, 12288, remat={"preset": "full"}),
     objective={
@@ -38,7 +40,7 @@ def get_config(variant: str = ""):
     data=sections.packed_text(4096),
     optim=sections.adamw(1e-5, warmup=500, kind="cosine", weight_decay=0.1),
     train={"steps": 72_000},
-    sampler={"quota": {"kind": "linear", "steps": 1}},
+    sampler={"draft": {"kind": "tidar"}},
   )
   cfg.batch_size = 512
   if variant == "tiny":

@@ -51,7 +51,12 @@ def get_config(variant: str = ""):
     data=sections.packed_text(4096),
     optim=sections.adamw(3e-6, warmup=500, kind="cosine", weight_decay=0.1),
     train={"steps": 48_000},
-    sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "neg_entropy"},
+    sampler={
+      "active": {"kind": "window", "size": 6},
+      "quota": {"kind": "threshold", "tau": -0.4},  # entropy + λd < .4
+      "score": {"kind": "neg_entropy", "distance": 0.02},
+      "temperature": 0.2,
+    },
   )
   cfg.batch_size = 512
   if variant == "tiny":

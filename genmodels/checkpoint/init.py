@@ -69,6 +69,8 @@ class InitRecipe:
   Fields:
     path: workdir, or imported folder.
     step: −1 the newest that verifies.
+    average: further steps of the same run; the parameters are the mean over `step` and these (checkpoint
+      merging in place of a decay of the learning rate: Tian et al., "WSM", 2507.17634).
     tree: tree to read, "model" or "ema".
     to: trees that get it; () means "model", and "ema" where the run has one.
     rename: (pattern on this run's name, replacement) → name in the source.
@@ -87,6 +89,7 @@ class InitRecipe:
 
   path: str
   step: int = -1
+  average: tuple[int, ...] = ()
   tree: str = "model"
   to: tuple[str, ...] = ()
   rename: tuple[tuple[str, str], ...] = ()
@@ -101,6 +104,10 @@ class InitRecipe:
   def __post_init__(self):
     if self.mask_row not in ("", "reserved", "mean_noise"):
       raise ValueError(f"mask_row = {self.mask_row!r}: '', 'reserved' or 'mean_noise'")
+    if self.average and (self.step < 0 or len({self.step, *self.average}) <= len(self.average)):
+      raise ValueError(
+        f"average is {self.average}; it takes different steps, and step is {self.step}: name one"
+      )
     if self.mask_row and self.mask_id < 0:
       raise ValueError(f"mask_row = {self.mask_row!r} needs mask_id, the id of the mask token")
     if self.mask_row == "reserved" and self.reserved_id < 0:
@@ -157,6 +164,10 @@ class InitRecipe:
       return None
 
     values, step, _ = manager.read(None if self.step < 0 else self.step, place)
+    for more, at in enumerate(self.average, 2):  # one at a time: no more than two trees in memory
+      other = manager.read(at, place)[0]
+      mean = jax.jit(lambda x, y, n: x + (y - x) / n, donate_argnums=0)
+      values = {n: mean(x, other[n], np.float32(more)) for n, x in values.items()}
     out = dict(fresh)
     for name, source in mapping.items():
       out[name] = self._fit(name, values[prefix + source], fresh[name], surgery.vocab_axis(axes, name))
@@ -250,7 +261,8 @@ def initialise(
   else:
     _check_independent(state)
     state = state.replace(trees=trees)
-  what = f"{', '.join(names)} from {source.tree!r} of {source.path}, step {step}"
+  averaged = f" averaged with {', '.join(map(str, source.average))}" if source.average else ""
+  what = f"{', '.join(names)} from {source.tree!r} of {source.path}, step {step}{averaged}"
   extras = [f"mask row {source.mask_id} ({source.mask_row})"] if source.mask_row else []
   extras += [f"fresh: {', '.join(source.scratch)}"] if source.scratch else []
   extras += [f"left behind: {', '.join(source.drop)}"] if source.drop else []

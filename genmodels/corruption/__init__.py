@@ -1,11 +1,14 @@
 """Corruptions: what is drawn for the tokens of a row (levels, hits, orders), never where they sit."""
 
 from genmodels.corruption.absorb import Absorb, MonotoneAbsorb
+from genmodels.corruption.anneal import AnnealAbsorb
+from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
 from genmodels.corruption.delete import Delete
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.sampled import SampledAbsorb
 from genmodels.corruption.step import Step
 from genmodels.corruption.subset import Subset
 from genmodels.corruption.uniform import Uniform
@@ -13,9 +16,12 @@ from genmodels.corruption.uniform import Uniform
 REGISTRY = {
   "clean": Clean,
   "absorb": Absorb,
+  "anneal_absorb": AnnealAbsorb,
+  "band_absorb": BandAbsorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
   "input_mask": InputMask,
+  "sampled_absorb": SampledAbsorb,
   "subset": Subset,
   "hybrid": Hybrid,
   "delete": Delete,
@@ -26,6 +32,8 @@ REGISTRY = {
 __all__ = [
   "REGISTRY",
   "Absorb",
+  "AnnealAbsorb",
+  "BandAbsorb",
   "Blocks",
   "Clean",
   "Corruption",
@@ -35,6 +43,8 @@ __all__ = [
   "MonotoneAbsorb",
   "PositionAbsorb",
   "Step",
+  "SampledAbsorb",
+  "Search",
   "Subset",
   "Uniform",
 ]

@@ -109,7 +109,10 @@ class Absorb(Corruption):
     return 2 if self.complement else 1
 
   def draw(self, row: Row, key: Array, step, latent=None, bound: tuple | None = None) -> Noise:
-    lo, hi = self.blocks.bounds(row, step)
+    return self.within(row, key, step, *self.blocks.bounds(row, step), bound)
+
+  def within(self, row: Row, key: Array, step, lo: Array, hi: Array, bound: tuple | None = None) -> Noise:
+    """`draw` for given blocks [lo, hi), int32[B, N] each."""
     at = jnp.uint32(rng.EVAL_STEP) if bound is not None else step
     t = self.levels(row, lo, hi, key, at, step, bound)
     ok = eligible(row)
@@ -122,7 +125,7 @@ class Absorb(Corruption):
       hit = self._bernoulli(row, key, at, p, ok, unit_lo, unit_hi)
       marginal, nelbo = p, bound_weight(self.schedule, t, self.eps)
     else:
-      k = self._masked_count(t, n, count)
+      k = self.masked_count(t, n, step, bound)
       score = rng.token_bits(row, key, at, copy, rng.WHICH)
       hit, marginal = self.select(score, unit_lo, ok, k, n, bound)
       if count == "round":
@@ -183,8 +186,10 @@ class Absorb(Corruption):
     a, b = (x(step) for x in self.band)
     return a + (b - a) * u
 
-  def _masked_count(self, t, n, count):
-    if count == "round":
+  def masked_count(self, t, n, step, bound) -> Array:
+    """How many of the n eligible tokens of its unit are masked at level t, int32[B, N]."""
+    del step
+    if self.count == "round" and bound is None:
       return jnp.round(t * n).astype(jnp.int32)
     p = t if self.schedule in ("linear", "loglinear", "floor") else masked_probability(self.schedule, t, 0.0)
     return jnp.clip(jnp.ceil(p * n).astype(jnp.int32), jnp.minimum(n, 1), n)

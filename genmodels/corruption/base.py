@@ -25,9 +25,11 @@ class Blocks:
   """How a document is cut into groups that are denoised, or predicted, together.
 
   Fields:
-    size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block.
+    size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block (in a
+      schedule: at those steps).
     anchor: "document" counts blocks from the document's start, "response" from its first TEXT token
-      (blocks then also extend backwards into the prompt).
+      (blocks then also extend backwards into the prompt); "prompt" has two blocks, what is given before the
+      first TEXT token and all the rest, and excludes `size` (Prefix-DLM, LaViDa 2505.16839).
     sizes: ragged sizes of the successive blocks of every document (scales); excludes `size`.
   """
 
@@ -37,20 +39,24 @@ class Blocks:
 
   def __post_init__(self):
     object.__setattr__(self, "size", Schedule.of(self.size))
-    if self.anchor not in ("document", "response"):
-      raise ValueError(f"anchor is {self.anchor!r}; it must be 'document' or 'response'")
+    if self.anchor not in ("document", "response", "prompt"):
+      raise ValueError(f"anchor is {self.anchor!r}; it must be 'document', 'response' or 'prompt'")
+    if self.anchor == "prompt" and (self.sizes or self.size != Schedule.of(0)):
+      raise ValueError("anchor is 'prompt', which says what the blocks are; leave size and sizes unset")
     if self.sizes and self.size != Schedule.of(0):
       raise ValueError("size and sizes are both set; keep `sizes` for ragged blocks, `size` for equal ones")
 
   @property
   def whole(self) -> bool:
     """A document is one block."""
-    return self.size == Schedule.of(0) and not self.sizes
+    return self.size == Schedule.of(0) and not self.sizes and self.anchor != "prompt"
 
   @property
   def longest(self) -> int | None:
-    """Tokens of the longest block at any step; None where a document is one block."""
-    return None if self.whole else math.ceil(max(self.sizes or self.size.table))
+    """Tokens of the longest block at any step; None where it can be a whole document."""
+    if self.whole or self.anchor == "prompt" or 0 in self.size.table and not self.sizes:
+      return None
+    return math.ceil(max(self.sizes or self.size.table))
 
   def bounds(self, row: Row, step) -> tuple[Array, Array]:
     """The block interval of every token at training step `step`, two int32[B, N]."""
@@ -62,7 +68,13 @@ class Blocks:
       return lo + jnp.asarray(edge)[block], jnp.minimum(lo + jnp.asarray(edge)[block + 1], hi)
     if self.whole:
       return lo, hi
+    if self.anchor == "prompt":
+      cut = rows.first_in_doc(lo, hi, row.role == TEXT)
+      before = rows.coordinates(lo) < cut
+      return jnp.where(before, lo, cut), jnp.where(before, cut, hi)
     size = jnp.asarray(self.size(step)).astype(jnp.int32)
+    if 0 in self.size.table:
+      size = jnp.where(size == 0, row.doc.shape[1], size)
     origin = rows.first_in_doc(lo, hi, row.role == TEXT) if self.anchor == "response" else None
     return rows.block_bounds(lo, hi, size, origin)
 
@@ -87,6 +99,8 @@ class Corruption:
 
   copies = 1  # noisy copies drawn per token
   absorbing = True  # a hit token shows the mask id
+  dense = False  # draws pairs, for a mask that is no union of intervals
+  search = None  # when held-out losses decide statistics: corruption.band.Search
 
   def __post_init__(self):
     if not 0 <= self.drop <= 1:
@@ -103,6 +117,25 @@ class Corruption:
         with the fixed tag EVAL_STEP in place of the step.
     """
     raise NotImplementedError
+
+  @property
+  def longest(self) -> int | None:
+    """Tokens of the longest block that is drawn at any step; None where a document can be one."""
+    return self.blocks.longest
+
+  def stats(self) -> dict[str, Array]:
+    """What the training state keeps for this corruption, {} for most: arrays that `update` moves."""
+    return {}
+
+  def bind(self, stats: dict[str, Array]) -> Corruption:
+    """This corruption, drawing by the statistics of a state."""
+    del stats
+    return self
+
+  def update(self, stats: dict[str, Array], sums: dict[str, Array]) -> dict[str, Array]:
+    """New statistics from sums over a global batch."""
+    del sums
+    return stats
 
   def state(self, row: Row, committed: Array, step=0) -> Noise:
     """The noise that describes a generation in progress: hit = not committed yet (bool[B, N])."""

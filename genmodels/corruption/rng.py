@@ -20,7 +20,7 @@ from genmodels.rows import doc_bounds, of_doc
 Array = jax.Array
 
 # What a draw is for; different tags are independent.
-LEVEL, WHICH, VALUE, ORDER, DROP, NOISE = range(6)
+LEVEL, WHICH, VALUE, ORDER, DROP, NOISE, SIZE, PAIR = range(8)
 
 # Stands for the step in evaluations, which must not depend on how long a model was trained.
 EVAL_STEP = 0xFFFFFFFF
@@ -58,9 +58,14 @@ def _word(x) -> Array:
 
 def doc_key(row: Row, key: Array, step, copy: int, tag: int) -> tuple[Array, Array]:
   """The key of each document's noise, two uint32[B, D]."""
-  k = threefry2x32(*_key_words(key), _word(step), np.uint32(tag))
+  k = step_key(key, step, tag)
   k = threefry2x32(*k, row.docs.example_id[..., 0], row.docs.example_id[..., 1])
   return threefry2x32(*k, row.docs.occurrence.astype(jnp.uint32), _word(copy))
+
+
+def step_key(key: Array, step, tag: int) -> tuple[Array, Array]:
+  """The key of what all rows of a step share, two uint32 scalars."""
+  return threefry2x32(*_key_words(key), _word(step), np.uint32(tag))
 
 
 def doc_uniform(row: Row, key: Array, step, copy: int, tag: int) -> Array:

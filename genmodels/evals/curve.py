@@ -204,6 +204,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     "--vary", nargs="+", action="append", help="key=value[,value…] of the sampler section; repeatable"
   )
+  parser.add_argument(
+    "--sampler", default="", help="a sampler file for all but the judge, see `genmodels systems`"
+  )
   parser.add_argument("--prompts", type=int, default=64, help="held-out documents to continue")
   parser.add_argument("--given", type=int, default=32, help="tokens of each that are given")
   parser.add_argument("--new", type=int, default=64, help="tokens to write behind them")
@@ -225,8 +228,8 @@ def main(argv: list[str] | None = None) -> int:
   groups = [variations(words) for words in args.vary or [[]]]
   names = [" ".join(w for w in words if "," not in w) for words in args.vary or [[]]]
   length = args.given + args.new
-  make = lambda folder, block: TextModel(
-    load_run(folder),
+  make = lambda folder, block, sampler="": TextModel(
+    load_run(folder, sampler=sampler),
     TextConfig(batch_size=args.batch_size, draws=args.draws, block=block, length=length, seed=args.seed),
   )
   judge_at = args.judge or args.workdirs[0]
@@ -234,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
   points, began, todo = [], time.monotonic(), len(args.workdirs) * sum(map(len, groups))
   reference = None
   for folder in args.workdirs:
-    model = judge if folder == judge_at else make(folder, args.block)
+    model = judge if folder == judge_at and not args.sampler else make(folder, args.block, args.sampler)
     prompts, rest = held_out(model, args.prompts, args.given, args.new)
     if not prompts:
       raise ConfigError(

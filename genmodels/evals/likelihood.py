@@ -140,7 +140,10 @@ def notes(objective) -> list[str]:
   band = getattr(corruption, "band", None)
   if band is not None and (band[0].max(), band[1].min()) != (0.0, 1.0):
     lo, hi = (b.to_json() for b in band)
-    out.append(f"trained on clipped noise levels [{lo}, {hi}]; the bound here is unclipped, so it is a bound")
+    first = "at first " if corruption.search is not None and corruption.search.every else ""
+    out.append(
+      f"trained on clipped noise levels, {first}[{lo}, {hi}]; the bound here is unclipped, so it is a bound"
+    )
   if objective.reproduction:
     out.append(  # as objectives.laws words it
       "reproduction: the training loss is not a likelihood bound; reported likelihoods use the exact one"

@@ -361,7 +361,7 @@ class TextModel:
   def sampler(self, section: Mapping[str, Any] | None = None):
     """The run's sampler with the changes of the config and of this call; made once for each."""
     whole = config.plain(self.run.cfg.get("sampler")) or {}
-    whole = merged(merged(whole, self.cfg.sampler), section or {})
+    whole = config.merged(config.merged(whole, self.cfg.sampler), section or {})
     if self.cfg.block:
       whole["block"] = self.cfg.block
     with rules.use_mesh(self.run.mesh), warnings.catch_warnings():
@@ -372,21 +372,6 @@ class TextModel:
   def _until(text: str, until: Sequence[str]) -> str:
     ends = [text.index(u) for u in until if u and u in text]
     return text[: min(ends)] if ends else text
-
-
-def merged(base: Mapping, changes: Mapping) -> dict:
-  """A config section with changes: sections inside it are merged too, unless their kind changes."""
-  out = dict(base)
-  for key, value in changes.items():
-    old = out.get(key)
-    if (
-      isinstance(old, Mapping)
-      and isinstance(value, Mapping)
-      and value.get("kind", old.get("kind")) == old.get("kind")
-    ):
-      value = merged(old, value)
-    out[key] = value
-  return out
 
 
 def _by_length(pieces, longest: int):

@@ -1,5 +1,6 @@
 """Interval attention, tile lists, chunked cross-entropy. See docs/masks.md."""
 
+from genmodels.kernels import dense
 from genmodels.kernels.attention import (
   attention,
   bounded,
@@ -30,6 +31,7 @@ __all__ = [
   "current",
   "decode",
   "decode_plan",
+  "dense",
   "explain",
   "gradients",
   "merge",

@@ -12,8 +12,8 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from genmodels.kernels import target
-from genmodels.masks import AttnMask
+from genmodels.kernels import dense, target
+from genmodels.masks import AttnMask, DenseMask
 
 Array = jax.Array
 
@@ -78,7 +78,7 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: flo
   with P(mesh axes) for all leaves.
 
   Args:
-    mask: AttnMask.
+    mask: AttnMask, or a DenseMask, which takes kernels.dense whatever the implementation.
     tiles: tile sizes, (q, k) or the `Tiles` of the implementation; its defaults by default.
     implementation: see `resolve`.
     capacity: share of the worst case that the lists have room for, in (0, 1]; None: all of it. Not used where
@@ -90,6 +90,8 @@ def plan(mask: AttnMask, tiles=None, implementation: str = "auto", capacity: flo
   Raises:
     ValueError: as `resolve`; shapes of the mask that do not fit each other.
   """
+  if isinstance(mask, DenseMask):
+    return dense.plan(mask)
   implementation = resolve(implementation)
   more = {} if capacity is None or not bounded(implementation) else {"capacity": capacity}
   return backend(implementation).plan(mask, tiles, **more)
@@ -137,7 +139,7 @@ def attention(
   Args:
     q: [B, Lq, H, D].
     k: [B, Lk, Hk, D], v: [B, Lk, Hk, Dv], Hk a divisor of H.
-    mask: AttnMask with 1 or B rows, or its `plan`, built once per batch.
+    mask: AttnMask with 1 or B rows, or its `plan`, built once per batch; or the plan of a DenseMask.
     scale: of the logits; D^−0.5 by default.
     soft_cap: c · tanh(logits / c) if given.
     return_lse: also return the log-sum-exp of the logits, natural log.
@@ -152,6 +154,12 @@ def attention(
   Raises:
     ValueError: shapes that do not fit.
   """
+  if isinstance(mask, dense.Plan):
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if (q.shape[1], k.shape[1]) != mask.lengths or mask.seen.shape[0] not in (1, q.shape[0]):
+      raise ValueError(f"attention: q {q.shape}, k {k.shape}, dense mask {mask.seen.shape}")
+    out, lse = dense.attend(q, k, v, mask, scale, soft_cap)
+    return (out, lse) if return_lse else out
   is_plan = not isinstance(mask, AttnMask)
   if is_plan and tiles is not None and tuple(tiles) != tuple(mask.tiles):
     raise ValueError(f"attention: the plan was built for {mask.tiles}, got tiles={tiles}; drop `tiles`")

@@ -4,7 +4,7 @@ See docs/masks.md. `AttnMask` is what `genmodels.kernels.attention` takes.
 """
 
 from genmodels.masks import builders, laws
-from genmodels.masks.core import CODE_HIDDEN, MAX_TERMS, STREAM, AttnMask, normalise, plain_slots
+from genmodels.masks.core import CODE_HIDDEN, MAX_TERMS, STREAM, AttnMask, DenseMask, normalise, plain_slots
 from genmodels.masks.relations import Relations
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
   "MAX_TERMS",
   "STREAM",
   "AttnMask",
+  "DenseMask",
   "Relations",
   "builders",
   "laws",

@@ -61,6 +61,28 @@ class AttnMask:
     return jax.vmap(row)(code, lo, hi)
 
 
+@pytree()
+class DenseMask:
+  """A mask that is no union of intervals: what `least` shows, and of what `most` shows the drawn pairs.
+
+  Fields:
+    least, most: AttnMask of the same queries and keys.
+    drawn: bool[Lq, Lk], the same for all rows.
+  """
+
+  least: AttnMask
+  most: AttnMask
+  drawn: Array
+
+  def to_dense(self) -> Array:
+    """bool[B, Lq, Lk]."""
+    return self.least.to_dense() | self.most.to_dense() & self.drawn
+
+  def pairs(self) -> Array:
+    """int32[B, Lq], visible keys of each query."""
+    return self.to_dense().sum(-1, dtype=jnp.int32)
+
+
 def normalise(lo: Array, hi: Array) -> tuple[Array, Array]:
   """Sorts the intervals of each query, merges those that overlap or touch; empty ones last, as [0, 0).
 

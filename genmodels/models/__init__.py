@@ -22,8 +22,10 @@ from genmodels.models.config import (
 )
 from genmodels.models.debugging import debug
 from genmodels.models.model import Model, build, count
+from genmodels.models.nets import NETS
 
 __all__ = [
+  "NETS",
   "Cache",
   "Cond",
   "Head",

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from genmodels import kernels
 from genmodels.kernels import context
-from genmodels.masks import AttnMask
+from genmodels.masks import AttnMask, DenseMask
 from genmodels.parallel import current_mesh
 from genmodels.parallel.rules import BATCH_AXES
 
@@ -69,7 +69,7 @@ def lookup(table, ids, split_rows: bool = False):
 
 
 def plans(
-  masks: dict[str, AttnMask],
+  masks: dict[str, AttnMask | DenseMask],
   rows: int,
   implementation: str = "auto",
   strategy: str | None = None,
@@ -96,6 +96,13 @@ def plans(
     return {name: build(mask) for name, mask in masks.items()}
   out = {}
   for name, mask in masks.items():
+    if isinstance(mask, DenseMask):
+      if mesh.shape["context"] > 1:
+        raise ValueError(
+          f"dense attention (mask {name!r}) does not split over mesh.context={mesh.shape['context']}"
+        )
+      out[name] = kernels.plan(mask)
+      continue
     b, c = split(mesh, BATCH_AXES, rows), split(mesh, ("context",), mask.lo.shape[2])
     r = b if mask.code.shape[0] > 1 else None
     along = c if strategy else ()

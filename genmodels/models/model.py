@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import lora
+from genmodels.models import attend, lora, rope
 from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import TrunkConfig, from_section
 from genmodels.models.trunk import Trunk, plans
@@ -48,6 +48,15 @@ class Model:
   def init_cache(self, batch: int, capacity: int, dtype=None) -> Cache:
     """An empty cache for `batch` rows of `capacity` slots."""
     return init_cache(self.cfg, batch, capacity, dtype)
+
+  def embed(self, params: Any, ids: jax.Array) -> jax.Array:
+    """[B, S, width]: what a slot that shows the tokens int32[B, S] adds to its input; −1 adds nothing.
+
+    The one hook of embedding mixtures (`Inputs.add_embed`): x with `embed(b) − embed(a)` added is x with
+    token b in place of a.
+    """
+    table = params["embed"]["tokens"]["embedding"]
+    return attend.lookup(table, ids, True) * self.cfg.embed_scale
 
   def plans(self, inputs: Inputs) -> dict:
     """{mask pattern: tile lists} that `apply` makes of these inputs; their sizes under jax.eval_shape."""
@@ -109,7 +118,7 @@ def build(section: Any, latent: Any = None) -> Model:
 
   Args:
     section: fields of TrunkConfig; `preset` names one of `presets.PRESETS`, whose fields the other keys
-      override.
+      override; `extend` lengthens the context, see rope.Context.
     latent: what the tokens carry, or None. Its `meta` {field: value} fills fields that the section
       leaves out.
 
@@ -118,13 +127,15 @@ def build(section: Any, latent: Any = None) -> Model:
   """
   if isinstance(section, TrunkConfig):
     return Model(section)
+  from genmodels.config import build as build_section
   from genmodels.config import plain
   from genmodels.models.presets import preset
 
   section = dict(plain(section))
   if "preset" in section:
     section = {**preset(section.pop("preset")), **section}
-  return Model(from_section({**getattr(latent, "meta", {}), **section}))
+  context = build_section(rope.Context, section.pop("extend", None), "model.extend")
+  return Model(rope.extend(from_section({**getattr(latent, "meta", {}), **section}), context))
 
 
 def count(tree: Any) -> int:

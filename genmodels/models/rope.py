@@ -5,12 +5,80 @@ Legend: B rows · S slots · A position axes · H heads · D head dimension · P
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from genmodels.models.config import Rope, Scaling
+from genmodels.config import ConfigError
+from genmodels.models.config import Rope, Scaling, TrunkConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """Section `model.extend`: a longer context for parameters as they are, without training.
+
+  Layers that take no scaling (`LayerSpec.rope_scaling`: local layers) keep their frequencies.
+
+  Fields:
+    kind: "theta" multiplies the base by `factor` (LongLLaDA, 2506.14429); the others are those of `Scaling`.
+    factor: λ; 1 leaves the model as it is, bit by bit. 0 (kind "theta"): `critical_factor` of the lengths.
+    original_len: context length of pretraining ("yarn", and factor 0). length: wanted (factor 0).
+  """
+
+  kind: Literal["theta", "ntk", "yarn", "linear"] = "theta"
+  factor: float = 1.0
+  original_len: int = 0
+  length: int = 0
+
+  def __post_init__(self):
+    if self.factor < 0 or (self.factor == 0 and self.kind != "theta"):
+      raise ValueError(f"factor is {self.factor}; it is positive, or 0 with kind='theta'")
+    if self.factor == 0 and not 0 < self.original_len <= self.length:
+      raise ValueError(f"factor 0 needs 0 < original_len <= length, got {self.original_len}, {self.length}")
+
+
+def critical_factor(base: float, dim: int, original_len: int, length: int) -> float:
+  """λ = b⁻¹·(t/2π)^(d/d_c), under which the slowest dimension that turned once in training, d_c = 2⌈(d/2)·
+  log_b(T/2π)⌉, turns once in t tokens (LongLLaDA §4; the form is unverified).
+
+  Args:
+    base: b. dim: d, rotated dimensions. original_len: T. length: t.
+  """
+  critical = min(2 * math.ceil(dim / 2 * math.log(original_len / (2 * math.pi), base)), dim)
+  return max((length / (2 * math.pi)) ** (dim / critical) / base, 1.0)
+
+
+def extend(cfg: TrunkConfig, context: Context) -> TrunkConfig:
+  """The trunk with a longer context.
+
+  Raises:
+    ConfigError: no rotary positions, or frequencies that are scaled already.
+  """
+  if context.factor == 1:
+    return cfg
+  wrong = None
+  if cfg.rope is None:
+    wrong = "the model has no rotary positions whose frequencies could be scaled"
+  elif context.kind != "theta" and cfg.rope.scaling is not None:
+    wrong = f"the frequencies are scaled already ({cfg.rope.scaling.kind!r} by {cfg.rope.scaling.factor})"
+  if wrong:
+    raise ConfigError(wrong, key="model.extend.kind", value=context.kind, fix="leave model.extend out")
+  if context.kind != "theta":
+    scaling = Scaling(context.kind, context.factor, original_len=context.original_len)
+    return dataclasses.replace(cfg, rope=dataclasses.replace(cfg.rope, scaling=scaling))
+  factor = context.factor or critical_factor(
+    cfg.rope.base, cfg.rope_axes[0], context.original_len, context.length
+  )
+
+  def layer(spec):
+    base = cfg.rope.base if spec.rope_base is None else spec.rope_base
+    return dataclasses.replace(spec, rope_base=base * factor if spec.rope_scaling else base)
+
+  segments = tuple(dataclasses.replace(s, pattern=tuple(map(layer, s.pattern))) for s in cfg.segments)
+  return dataclasses.replace(cfg, segments=segments)
 
 
 def inv_freq(dim: int, base: float, scaling: Scaling | None = None) -> tuple[np.ndarray, float]:

@@ -11,6 +11,7 @@ Legend: B rows · C copies · N clean tokens · S slots · D documents.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -26,6 +27,7 @@ from genmodels import config, corruption, layouts, metrics, rows
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Inputs, Noise, Outputs, Row, Slots, Target
 from genmodels.corruption.base import eligible
+from genmodels.masks import DenseMask
 from genmodels.objectives import relations
 from genmodels.parallel import current_mesh
 
@@ -34,6 +36,7 @@ Array = jax.Array
 ALIGNMENTS = ("same", "shift", "shift_clean_boundary")
 WEIGHTS = ("one", "inverse_marginal", "nelbo", "cart")
 NORMALISERS = ("all_valid", "masked", "answer_len", "weight_sum", "batch")
+MEASURES = ("nll", "entropy_correct")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Term:
     cart_p: decay of "cart".
     normaliser: "all_valid" every TEXT token, masked or not · "masked" scored tokens · "answer_len"
       mean over documents of per-document means · "weight_sum" Σ weights · "batch" documents.
+    measure: what is summed: "nll", or "entropy_correct", the entropy of predictions whose likeliest class is
+      the token, 0 elsewhere (LLaDA2's confidence-aware loss). Which ones are right is not known before the
+      forward pass, so the normaliser counts all that are asked.
     scale: λ of the term, a number or a schedule; reports stay unscaled.
   """
 
@@ -62,6 +68,7 @@ class Term:
   weight: str = "one"
   cart_p: float = 0.1
   normaliser: str = "all_valid"
+  measure: str = "nll"
   scale: Schedule = 1.0
 
   def __post_init__(self):
@@ -71,11 +78,18 @@ class Term:
       ("on", ("hit", "all")),
       ("weight", WEIGHTS),
       ("normaliser", NORMALISERS),
+      ("measure", MEASURES),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
     if not 0 < self.cart_p < 1:
       raise ValueError(f"cart_p is {self.cart_p}; it must lie between 0 and 1")
+
+  @property
+  def reads(self) -> tuple:
+    """What decides which predictions a term asks for; terms that agree share a pass over the logits."""
+    own = ("normaliser", "measure", "scale")
+    return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +151,10 @@ class Objective:
     }
     put("terms", terms)
     put("relations", {p: relations.table(rule, self.layout.streams) for p, rule in self.masks.items()})
+    if self.corruption.dense:
+      if len(self.layout.streams) > 1:
+        raise ValueError(f"layout.streams is {self.layout.streams}; a random mask is of one stream")
+      put("least", relations.table({f"{s}>{s}": "POS_LE" for s in self.layout.streams}, self.layout.streams))
     if len(terms) == 1:
       put("likelihood", self.likelihood or next(iter(terms)))
     if not self.likelihood:
@@ -146,6 +164,10 @@ class Objective:
       )  # fmt: skip
     if self.likelihood not in terms:
       raise ValueError(f"likelihood is {self.likelihood!r}; the terms are {', '.join(terms)}")
+    if terms[self.likelihood].measure != "nll":
+      raise ValueError(
+        f"likelihood is {self.likelihood!r}, which measures {terms[self.likelihood].measure!r}: no likelihood"
+      )
     for name, t in terms.items():
       if t.stream not in self.layout.streams:
         raise ValueError(
@@ -155,7 +177,7 @@ class Objective:
         raise ValueError(
           f"terms.{name}.align is 'shift_clean_boundary'; it needs a clean stream 'c' in the layout"
         )
-    kept, longest = self.layout.whole_blocks, self.corruption.blocks.longest
+    kept, longest = self.layout.whole_blocks, self.corruption.longest
     if kept and (longest is None or longest > kept):
       size = "all tokens of a document" if longest is None else f"{longest} tokens"
       raise ConfigError(
@@ -168,6 +190,32 @@ class Objective:
         f"layout.streams has {len(self.layout.noisy)} noisy copies, the corruption draws "
         f"{self.corruption.copies}; set corruption.complement=True or drop a stream"
       )
+
+  # -- statistics: what no gradient moves -----------------------------------------------------------
+
+  def stats(self) -> dict[str, Any]:
+    """Initial statistics that the training state keeps, {} for most objectives."""
+    return self.corruption.stats()
+
+  def bind(self, stats: Mapping[str, Any]) -> Objective:
+    """This objective, drawing by the statistics of a state. Likelihoods and samplers use it unbound."""
+    corruption = self.corruption.bind(dict(stats))
+    if corruption is self.corruption:
+      return self
+    bound = copy.copy(self)
+    object.__setattr__(bound, "corruption", corruption)
+    return bound
+
+  def update(self, stats: Mapping[str, Any], sums: Mapping[str, Any]) -> dict[str, Any]:
+    """New statistics from sums over a global batch, those of `run` (aux["stats"]) or of a survey."""
+    return self.corruption.update(dict(stats), sums)
+
+  def survey(self, nets: Nets, row: Row, key: Array, step, draw: tuple) -> dict[str, Any]:
+    """Sums for `update` over a held-out batch: draw (r, R) of the likelihood bound, at a training step."""
+    noise = self.corruption.draw(row, key, step, nets.latent, draw)
+    inputs, targets, _ = self.prepare(row, key, step, nets.latent, draw)
+    _, aux = self.loss(nets["model"](inputs, targets), targets)
+    return self.corruption.survey(row, noise, aux["per_token"][self.likelihood])
 
   # -- view: the one place where a slot's input, mask and read-out are made, in training and sampling --
 
@@ -199,6 +247,9 @@ class Objective:
     A = row.pos.shape[-1]
     pos = jnp.take_along_axis(row.pos, jnp.broadcast_to(src[..., None], src.shape + (A,)), 1)
     masks = {p: r.mask(slots) for p, r in self.relations.items()}
+    if noise.pairs is not None:
+      least = self.least.mask(slots)
+      masks = {p: DenseMask(least, most, noise.pairs) for p, most in masks.items()}
     return Inputs(ids=ids[..., None], pos=pos, doc=slots.doc, masks=masks)
 
   def shown(self, row: Row, noise: Noise, slots: Slots) -> Array:
@@ -252,7 +303,10 @@ class Objective:
     Returns:
       (inputs, {term: Target}, {term: float32 denominator}).
     """
-    noise = self.corruption.draw(row, key, step, latent, bound)
+    return self.asked(row, self.corruption.draw(row, key, step, latent, bound), latent, bound)
+
+  def asked(self, row: Row, noise: Noise, latent=None, bound: tuple | None = None):
+    """`prepare` for noise that is drawn already."""
     inputs, read = self.view(row, noise, latent=latent)
     targets, denominators = {}, {}
     for name, term in self.terms.items():
@@ -302,15 +356,30 @@ class Objective:
 
     Returns:
       ({term: float32 sum of weight·nll}, {"per_token": {term: float32[B, M] weight·nll},
-      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}.
+      "ratios": {name: (sum, count)}}); `run` adds "work" {net: counts of the call}, and may add "stats", sums
+      that `update` takes.
     """
     per_token, ratios = {}, {}
-    for name, t in targets.items():
-      nll = outputs.dists[name].nll(t.value)
-      asked = (t.weight > 0).astype(jnp.float32)
-      per_token[name] = t.weight * nll
-      ratios[f"ce/{name}"] = (jnp.sum(asked * nll), jnp.sum(asked))
+    for name, value in self.measured(outputs, targets).items():
+      weight = targets[name].weight
+      asked = (weight > 0).astype(jnp.float32)
+      per_token[name] = weight * value
+      label = "ce" if self.terms[name].measure == "nll" else self.terms[name].measure
+      ratios[f"{label}/{name}"] = (jnp.sum(asked * value), jnp.sum(asked))
     return {k: jnp.sum(v) for k, v in per_token.items()}, {"per_token": per_token, "ratios": ratios}
+
+  def measured(self, outputs: Outputs, targets: dict[str, Target]) -> dict[str, Array]:
+    """{term: float32[B, M]}, what each term measures of its predictions."""
+    groups, values = {}, {}
+    for name in targets:
+      groups.setdefault(self.terms[name].reads, []).append(name)
+    for names in groups.values():
+      if all(self.terms[n].measure == "nll" for n in names):
+        values |= {n: outputs.dists[n].nll(targets[n].value) for n in names}
+        continue
+      both = outputs.dists[names[0]].map(_nll_and_confidence, targets[names[0]].value)
+      values |= {n: both[self.terms[n].measure] for n in names}
+    return {name: values[name] for name in targets}
 
   def run(self, nets: Nets, row: Row, key: Array, step):
     """One evaluation of the loss: ({term: sum}, {term: denominator}, metrics)."""
@@ -333,6 +402,17 @@ class Objective:
       predicted &= rows.coordinates(row.doc) > rows.doc_bounds(row.doc)[0]
     nll = aux["per_token"][self.likelihood]
     return rows.per_doc(row.doc, nll, D), rows.per_doc(row.doc, predicted.astype(jnp.float32), D)
+
+
+def _nll_and_confidence(logits: Array, value: Array) -> dict[str, Array]:
+  """The measures of predictions float32[c, V] of classes int32[c], each [c]."""
+  logp = jax.nn.log_softmax(logits, -1)
+  p = jnp.exp(logp)
+  entropy = -jnp.where(p > 0, p * jnp.where(p > 0, logp, 0), 0).sum(-1)
+  return {
+    "nll": -jnp.take_along_axis(logp, value[:, None], 1)[:, 0],
+    "entropy_correct": jnp.where(logits.argmax(-1) == value, entropy, 0),
+  }
 
 
 def work(outputs: Outputs, targets: dict[str, Target]) -> dict:
@@ -366,12 +446,14 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.image import NextScale, NextTokenImage
   from genmodels.objectives.insertion import Insertion
   from genmodels.objectives.marginal import Marginal
+  from genmodels.objectives.policy import BlockPolicy
   from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
     "tokens": Objective,
     "block_distill": BlockDistill,
     "esoteric": Esoteric,
+    "block_policy": BlockPolicy,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,
     "text_image_flow": TextImageFlow,

@@ -7,12 +7,15 @@ relation table, which training and decoding share.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from genmodels.config import ConfigError
-from genmodels.contracts import CLEAN, token_row
+from genmodels.contracts import CLEAN, CONTEXT, TEXT, token_row
+from genmodels.sampling.partial import REGISTRY, Partial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,14 @@ class CachePolicy:
     stores: keys and values are kept at all.
     exact: decoding with it equals decoding without.
     reach: what a stored slot may see: "causal" tokens up to its own, "block" its own block too.
+    partial: a partial.Partial: which slots of the front unit a step computes; None: all of them.
   """
 
   name: str
   stores: bool
   exact: bool
   reach: str = ""
+  partial: Any = None
 
 
 POLICIES = {
@@ -71,7 +76,7 @@ def reach(objective, patterns, stream: str, store: str, single: bool) -> Reach:
     single: units are single tokens, whatever the corruption's blocks.
   """
   blocks = objective.corruption.blocks
-  if not single and not blocks.whole:
+  if not single and not blocks.whole and blocks.anchor != "prompt":
     # The relations know no sizes, so a small row says it all.
     sizes = (1, 2, 3) if blocks.sizes else ()
     small = dataclasses.replace(blocks, sizes=sizes) if sizes else dataclasses.replace(blocks, size=2)
@@ -79,7 +84,8 @@ def reach(objective, patterns, stream: str, store: str, single: bool) -> Reach:
       objective, corruption=dataclasses.replace(objective.corruption, blocks=small)
     )
   n = 6
-  row = token_row(np.zeros((1, n)))
+  role = jnp.asarray([[CONTEXT] * 2 + [TEXT] * 4], jnp.int32) if blocks.anchor == "prompt" else None
+  row = token_row(np.zeros((1, n)), role=role)
 
   def build():
     noise = objective.corruption.state(row, row.doc < 0)
@@ -105,16 +111,25 @@ def reach(objective, patterns, stream: str, store: str, single: bool) -> Reach:
   return Reach(stored, "" if (seen & (outside | ahead))[p].any() else "block")
 
 
-def resolve(name: str, found: Reach, where: str = "sampler.cache") -> CachePolicy:
+def resolve(name, found: Reach, where: str = "sampler.cache") -> CachePolicy:
   """The policy of a config, checked: a cached slot never sees what is not committed yet.
+
+  Args:
+    name: of a policy, "auto", or a partial.Partial: units behind the front are then kept as under "auto".
 
   Raises:
     ConfigError: an unknown policy, or one that would not be exact under the objective's masks.
   """
+  if isinstance(name, Partial):
+    base = resolve("auto", found)
+    kind = next(k for k, cls in REGISTRY.items() if cls is type(name))
+    return CachePolicy(kind, stores=True, exact=False, reach=base.reach, partial=name)
   if name == "auto":
     return POLICIES[{"causal": "causal_exact", "block": "block_exact", "": "none"}[found.stored]]
   if name not in POLICIES:
-    raise ConfigError("unknown policy", key=where, value=name, fix=f"auto, {', '.join(POLICIES)}")
+    raise ConfigError(
+      "unknown policy", key=where, value=name, fix=f"auto, {', '.join((*POLICIES, *REGISTRY))}"
+    )
   policy = POLICIES[name]
   if not policy.stores or policy.reach == found.stored or (policy.reach, found.stored) == ("block", "causal"):
     return policy

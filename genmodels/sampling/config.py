@@ -15,7 +15,21 @@ from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
 from genmodels.objectives.insertion import Insertion
-from genmodels.sampling import cache, draw, insertion, ordered, quota
+from genmodels.sampling import (
+  active,
+  cache,
+  commit,
+  drafting,
+  draw,
+  insertion,
+  laws,
+  mix,
+  ordered,
+  partial,
+  quota,
+  remask,
+  stop,
+)
 from genmodels.sampling.loop import Sampler
 
 
@@ -63,47 +77,89 @@ class Guidance:
     return jnp.where(on, 1 + (self.scale - 1) * ramp, 1.0)
 
 
+PLUGINS = {
+  "quota": quota.REGISTRY,
+  "commit": commit.REGISTRY,
+  "remask": remask.REGISTRY,
+  "active": active.REGISTRY,
+  "mix": mix.REGISTRY,
+  "stop": stop.REGISTRY,
+}
+
+
+def _kind(registry, section, where: str):
+  """The plug-in of a section, or of its kind alone."""
+  return config.build_kind(registry, {"kind": section} if isinstance(section, str) else section, where)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
   """Section `sampler`.
 
   Fields:
-    quota: section with a `kind`: linear, cosine, threshold, all, first_hitting, ancestral.
-    score: confidence that ranks tokens: "prob" of the drawn token, "margin" of the two likeliest,
-      "neg_entropy", "random". Of the model's own distribution in float32, before temperature and filters.
+    quota: how many tokens, or which, a step commits; a section with a `kind` of quota.REGISTRY.
+    score: confidence that ranks tokens, see draw.Score.
+    commit: from where they are taken, see commit.REGISTRY. remask: what is opened again, see remask.REGISTRY.
+    active: what one call is over, see active.REGISTRY. mix: what masked slots show, see mix.REGISTRY.
+    stop: one or several sections with a `kind` of stop.REGISTRY.
     temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: nucleus.
     sub_block: tokens of a unit that are open at one time, left to right (LLaDA's block length); 0: all.
       Steps of a quota are per sub-block.
     block: block size to decode with; 0 is the trained one, anything else warns.
-    cache: "auto", "none", "causal_exact", "block_exact".
+    cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
+      inside the front unit: prefix, dual, vicinity, free, delayed, logit_selective (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
     term: the term whose head decodes; "" is the one of the likelihood.
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
+    draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
+    verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
   """
 
   quota: Any = dataclasses.field(default_factory=lambda: {"kind": "threshold"})
-  score: Literal["prob", "margin", "neg_entropy", "random"] = "prob"
+  score: Any = dataclasses.field(default_factory=dict)
+  commit: Any = "anywhere"
+  remask: Any = "never"
+  active: Any = "units"
+  mix: Any = "mask"
+  stop: Any = ()
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
   sub_block: int = 0
   block: int = 0
-  cache: str = "auto"
+  cache: Any = "auto"
   guidance: Any = dataclasses.field(default_factory=dict)
   eos: int = -1
   forbid: tuple[int, ...] = ()
   term: str = ""
   length: int = 0
+  draft: Any = ""
+  verify: Any = "auto"
 
   def __post_init__(self):
-    section = {"kind": self.quota} if isinstance(self.quota, str) else self.quota
-    object.__setattr__(self, "quota", config.build_kind(quota.REGISTRY, section, "quota"))
+    put = lambda name, value: object.__setattr__(self, name, value)
+    for name, registry in PLUGINS.items():
+      if name != "stop":
+        put(name, _kind(registry, getattr(self, name), name))
+    rules = self.stop if isinstance(self.stop, (tuple, list)) else (self.stop,)
+    put("stop", tuple(_kind(PLUGINS["stop"], rule, f"stop[{i}]") for i, rule in enumerate(rules)))
+    if len({type(rule) for rule in self.stop}) < len(self.stop):
+      raise ValueError("stop names a rule twice")
+    section = {"kind": self.cache} if self.cache in tuple(partial.REGISTRY) else self.cache
+    if not isinstance(section, str):
+      put("cache", config.build_kind(partial.REGISTRY, section, "cache"))
+    section = {"kind": self.score} if isinstance(self.score, str) else self.score
+    put("score", config.build(draw.Score, section, "score"))
     section = {"scale": self.guidance} if isinstance(self.guidance, (int, float)) else self.guidance
-    object.__setattr__(self, "guidance", config.build(Guidance, section, "guidance"))
+    put("guidance", config.build(Guidance, section, "guidance"))
+    if self.draft:
+      put("draft", drafting.drafter(self.draft))
+    if self.verify != "auto":
+      put("verify", drafting.rule(self.verify))
     if self.temperature < 0:
       raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
     if not 0 < self.top_p <= 1:
@@ -138,7 +194,7 @@ def at_step(objective, step: int, block: int = 0):
   ), trained
 
 
-def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -> Sampler:
+def build(section, objective, model, *, latent=None, meta=None, step: int = 0, load=None) -> Sampler:
   """The sampler of an objective and a model.
 
   Args:
@@ -146,6 +202,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     latent: the bound latent that the objective's view needs.
     meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
+    load: workdir → (Sampler of that run, its parameters), for drafts of another model.
 
   Raises:
     ConfigError: a setting that does not fit the objective: key, value, reason, fix.
@@ -169,10 +226,10 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     | set(meta.get("forbid", ()))
     | ({objective.mask_id} if objective.layout.noisy and objective.mask_id >= 0 else set())
   )
-  choice = draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score, tuple(sorted(forbid)))
+  choice = draw.Choice(cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)))
   if isinstance(objective, Insertion):
     return insertion.build(cfg, objective, model, choice)
-  if hasattr(objective.corruption, "plan") and not getattr(cfg, "draft", ""):
+  if hasattr(objective.corruption, "plan") and not cfg.draft:
     return ordered.build(dataclasses.replace(cfg, eos=eos), objective, model, name, choice)
   term = objective.terms[name]
   streams, blocks = objective.layout.streams, objective.corruption.blocks
@@ -185,6 +242,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
   if whole:
     found = dataclasses.replace(found, stored="")
   policy = cache.resolve(cfg.cache, found)
+  if policy.partial is not None and (single or not denoises):
+    raise ConfigError(
+      "each step computes its unit for the first time, so there is nothing to read inside it",
+      key="sampler.cache", value=policy.name, fix="sampler.cache='auto'",
+    )  # fmt: skip
   cut = not single and not whole
   store = None if whole else store_name  # a document that is one unit has nothing behind its front
   if single and found.stored != "causal":
@@ -217,7 +279,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity = max(blocks.sizes)
   else:
     capacity = 0 if whole else int(blocks.size(0))
-  return Sampler(
+  extras, top = wants(cfg)
+  sampler = Sampler(
     cfg=dataclasses.replace(cfg, eos=eos),
     objective=objective,
     model=model,
@@ -230,6 +293,87 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0) -
     capacity=capacity,
     denoises=denoises,
     policy=policy,
-    choice=choice,
+    stored=found.stored,
+    active=cfg.active,
+    choice=dataclasses.replace(choice, extras=extras, top=top),
     quota=chosen,
+    commit=cfg.commit,
+    remask=cfg.remask,
+    mix=cfg.mix,
+    stops=cfg.stop,
   )
+  check(sampler)
+  if policy.partial is not None:
+    sampler = laws.judged(sampler)
+  return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler
+
+
+def wants(cfg: SamplerConfig) -> tuple[tuple[str, ...], int]:
+  """(fields of draw.Picked that the plug-ins read, how many of the likeliest tokens)."""
+  users = (cfg.mix, *cfg.stop)
+  extras = tuple(sorted({name for x in users for name in x.extras}))
+  return extras, max(getattr(x, "top", 0) for x in users)
+
+
+def check(sampler: Sampler) -> None:
+  """The laws between plug-ins, and between them and the objective.
+
+  Raises:
+    ConfigError: key, value, reason, fix.
+  """
+  cfg, q = sampler.cfg, sampler.quota
+
+  def law(broken: bool, reason: str, key: str, fix: str):
+    if broken:
+      value = getattr(cfg, key)
+      parts = value if isinstance(value, tuple) else (value,)
+      name = ", ".join(getattr(x, "_config_kind", type(x).__name__) for x in parts)
+      raise ConfigError(reason, key=f"sampler.{key}", value=name, fix=fix)
+
+  law(
+    bool(q.scores) and cfg.score.kind not in q.scores,
+    f"the rule is about scores of the kind {' or '.join(q.scores)}, the config has {cfg.score.kind!r}",
+    "quota", f"score={q.scores[0]!r}" if q.scores else "",
+  )  # fmt: skip
+  law(
+    q.timed and type(cfg.commit) is not commit.Anywhere,
+    "the quota reveals every masked token with the probability of the reverse process, so no rule may choose "
+    "among them", "commit", "commit='anywhere', or a quota that ranks tokens",
+  )  # fmt: skip
+  if cfg.remask.active:
+    law(
+      not sampler.denoises,
+      "every call stores what it commits, and the cache has seen it: nothing can be opened again",
+      "remask", "remask='never'",
+    )  # fmt: skip
+    law(
+      type(cfg.commit) is not commit.Anywhere, "remasking chooses among all tokens of the unit", "commit",
+      "commit='anywhere', or remask='never'",
+    )  # fmt: skip
+    law(
+      any(type(x).flush is not stop.Stop.flush for x in cfg.stop),
+      "a rule that commits the rest and one that opens it again never end", "stop", "one of them",
+    )  # fmt: skip
+    law(
+      getattr(cfg.remask, "rule", "") == "conf" and cfg.score.kind != "prob",
+      "tokens are opened again by their probability when they were committed", "remask", "score='prob'",
+    )  # fmt: skip
+    cfg.remask.check(q)
+  if cfg.mix.active:
+    model = sampler.model.cfg
+    law(
+      not sampler.denoises or sampler.objective.mask_id < 0 or not getattr(model, "vocab", 0),
+      "mixtures are with the embedding of a mask, and no slot of this sampler shows one", "mix", "mix='mask'",
+    )  # fmt: skip
+  cfg.active.check(sampler)
+  if sampler.policy.partial is not None and type(cfg.active) is not active.Units:
+    raise ConfigError(
+      "what a step may read is said of one unit at a time", key="sampler.cache", value=sampler.policy.name,
+      fix="active='units', or cache='auto', which is exact",
+    )  # fmt: skip
+  if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
+    warnings.warn(
+      f"sampler.quota.tau={q.tau}: the score is −H, never above it, so every step commits one token; for "
+      "H < h set tau=-h",
+      stacklevel=3,
+    )

@@ -19,7 +19,7 @@ from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, Array, Row, Target, pytree
 from genmodels.corruption.base import eligible
 from genmodels.sampling import cache, draw
-from genmodels.sampling.loop import Result
+from genmodels.sampling.state import Result
 
 
 @pytree()
@@ -147,7 +147,10 @@ class InsertionSampler:
     sort = lambda x: jnp.take_along_axis(x, by, 1)
     length = s.there.sum(1, dtype=jnp.int32)
     zero = jnp.zeros(s.tokens.shape, jnp.float32)
-    return Result(sort(s.tokens), sort(s.at), zero, length, s.done, s.step, s.step)
+    none = jnp.zeros_like(length)
+    stopped = (eligible(row) & ~s.there).any(1)  # one more call, which found the text complete
+    calls = {"prefill": none, "denoise": s.at.max(1) + 1 + stopped, "write": none}
+    return Result(sort(s.tokens), sort(s.at), zero, length, s.done, s.step, s.step, calls, {})
 
 
 def build(cfg, objective, model, choice: draw.Choice) -> InsertionSampler:

@@ -16,8 +16,18 @@ Rows have prompts of their own length and are in different units and phases at o
 A cache entry is written when, and only when, everything its slot sees is committed. Then it is what
 training computes for the clean stream, and decoding with and without the cache is the same function.
 
+The parts are orthogonal, each a small registered object:
+
+  active set  which units are at the front, what one call computes and keeps        active.py
+  choice      a token for each asked slot, and how sure of it                       draw.py
+  quota       how many, or which, of them are committed                             quota.py
+  commit      in which order, from where                                            commit.py
+  remask      which committed tokens of the unit are opened again                   remask.py
+  mix         what masked slots show besides the mask                               mix.py
+  stop        when the rest is committed at once, or a row is over                  stop.py
+
 Legend: B rows · N tokens of a row · W tokens of a unit that are asked for · M asked (W, and the next token)
-· A slots of a call · D documents of a row (one is generated).
+· A slots of a call · G groups of asked tokens.
 """
 
 from __future__ import annotations
@@ -32,108 +42,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from genmodels import rows
-from genmodels.contracts import CONTEXT, TEXT, Array, Noise, Row, Target, pytree
+from genmodels.contracts import TEXT, Array, Noise, Row, Target
 from genmodels.corruption.absorb import block_ordinals
 from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.parallel import rules
 from genmodels.parallel.rules import current_mesh
-from genmodels.sampling import draw
+from genmodels.sampling import active, draw, mix, partial, stop
 from genmodels.sampling.quota import Unit
-
-
-@pytree()
-class State:
-  """A batch of generations in progress.
-
-  Fields:
-    tokens, committed, committed_at: [B, N]; committed_at is the step (0 first), −1 for given or open tokens.
-    level_at: float32[B, N], noise level when the token was committed.
-    cursor: int32[B], tokens whose unit is behind the front (in the cache, where there is one).
-    unit, k, size, level: the unit being denoised: its first token, steps taken, masked tokens and noise
-      level; [B].
-    done: bool[B]. step, forwards: int32 scalars.
-    caches: one per guidance branch, or none. draft: predictions kept while nothing changes, or none.
-    changed: bool, some row changed in the last step.
-  """
-
-  tokens: Array
-  committed: Array
-  committed_at: Array
-  level_at: Array
-  cursor: Array
-  unit: Array
-  k: Array
-  size: Array
-  level: Array
-  done: Array
-  step: Array
-  forwards: Array
-  caches: tuple
-  draft: Any
-  changed: Array
-
-
-@pytree()
-class Result:
-  """What was generated.
-
-  Fields:
-    tokens: int32[B, N], prompts included; only the first `lengths` are meant.
-    committed_at: int32[B, N], step at which a token was committed; −1 for prompts and open tokens.
-    level_at: float32[B, N], noise level left in its unit when it was committed.
-    lengths: int32[B], valid tokens of the row, EOS included.
-    done: bool[B], False only where the loop ran into its step limit.
-    steps, forwards: int32 scalars: iterations of the loop, evaluations of the network (prefill included).
-  """
-
-  tokens: Array
-  committed_at: Array
-  level_at: Array
-  lengths: Array
-  done: Array
-  steps: Array
-  forwards: Array
-
-
-@pytree()
-class Ask:
-  """One call: what to compute and what it may commit.
-
-  Fields:
-    only: int32[B, A, 2]; keep: bool[B, A], slots that enter the cache.
-    at: int32[B, M], coordinates asked for; can: bool[B, M], those that may be committed; slot: int32[B, M].
-    denoise: bool[B], rows under a quota (others commit all they can); fresh: their window is a new one.
-    lo, hi, wlo: int32[B], the front unit, and the first token of the window inside it.
-    row, noise, inputs: what was viewed, and the first branch's Inputs.
-  """
-
-  only: Array
-  keep: Array
-  at: Array
-  can: Array
-  slot: Array
-  denoise: Array
-  fresh: Array
-  lo: Array
-  hi: Array
-  wlo: Array
-  row: Row
-  noise: Noise
-  inputs: Any
-
-
-def first_where(flag: Array) -> Array:
-  """int32[B]: the first flagged coordinate of each row, N if none."""
-  return jnp.where(flag.any(1), jnp.argmax(flag, 1), flag.shape[1]).astype(jnp.int32)
-
-
-def at_coordinate(x: Array, at: Array) -> Array:
-  """x [B, N] at coordinates int32[B] or [B, M], clipped into the row."""
-  index = jnp.clip(at, 0, x.shape[1] - 1)
-  if at.ndim == 1:
-    return jnp.take_along_axis(x, index[:, None], 1)[:, 0]
-  return jnp.take_along_axis(x, index, 1)
+from genmodels.sampling.state import (
+  KINDS,
+  Ask,
+  Result,
+  Selected,
+  State,
+  at_coordinate,
+  first_where,
+  mean,
+  put,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +75,9 @@ class Sampler:
     single: a unit is one token; whole: it is the document. capacity: tokens of the largest unit, 0 for
       the whole row.
     denoises: units are filled step by step (else: in the pass that stores them).
-    policy: CachePolicy. choice, quota: how tokens and their number are chosen.
+    policy: CachePolicy.
+    stored: what a stored slot sees: "causal", "block", or "" (nothing is stored).
+    active, choice, quota, commit, remask, mix, stops: the plug-ins, see the module.
   """
 
   cfg: Any
@@ -163,8 +92,14 @@ class Sampler:
   capacity: int
   denoises: bool
   policy: Any
+  stored: str
+  active: Any
   choice: draw.Choice
   quota: Any
+  commit: Any
+  remask: Any
+  mix: Any
+  stops: tuple
 
   def __post_init__(self):
     object.__setattr__(self, "_jitted", {})
@@ -185,8 +120,13 @@ class Sampler:
       ValueError: a row that cannot be started: its first token has no predictor.
     """
     self.check(row)
-    if prefill is None:
-      prefill = self.prefill_width(row)
+    need = self.prefill_width(row)
+    if prefill is not None and prefill < need:
+      raise ValueError(
+        f"prefill is {prefill}, but the prompts of these rows put up to {need} tokens into the cache before "
+        f"the first step; give at least {need}, or leave it out"
+      )
+    prefill = need if prefill is None else min(prefill, row.tokens.shape[1])
     # On a mesh rows are spread as a training batch is, and every process gets the whole result.
     mesh = current_mesh()
     if mesh not in self._jitted:
@@ -223,7 +163,7 @@ class Sampler:
       committed = jnp.logical_not(eligible(row))
       noise = self.objective.corruption.state(row, committed)
       at = jnp.broadcast_to(rows.coordinates(row.doc), row.doc.shape)
-      only = self.only(jnp.full((at.shape[0], 1), self.stream), at, row.doc >= 0)
+      only = active.pairs(jnp.full((at.shape[0], 1), self.stream), at, row.doc >= 0)
       a, b = (jax.tree.leaves(self.view(row, noise, only, i)[0]) for i in range(2))
       return jnp.stack([(x == y).all() for x, y in zip(a, b, strict=True)]).all()
 
@@ -233,10 +173,10 @@ class Sampler:
     """The first call's width for concrete rows: 0, or a power of two (at most N)."""
     if not self.policy.stores:
       return 0
-    most = int(jnp.max(jax.jit(self.start_cursor)(row)))
+    most = int(jnp.max(jax.jit(lambda r: self.active.start(self, r))(row)))
     return min(1 << (most - 1).bit_length(), row.tokens.shape[1]) if most else 0
 
-  # -- geometry -------------------------------------------------------------------------------------
+  # -- what follows from the objective --------------------------------------------------------------
 
   @property
   def lead(self) -> bool:
@@ -247,29 +187,22 @@ class Sampler:
   def branches(self) -> int:
     return 1 if self.cfg.guidance.off else 2
 
-  def units(self, row: Row, noise: Noise) -> tuple[Array, Array]:
-    """The unit of every token as an interval, int32[B, N] each."""
-    if self.whole:
-      return rows.doc_bounds(row.doc)
-    if not self.single:
-      return noise.blk_lo, noise.blk_hi
-    n = jnp.broadcast_to(rows.coordinates(row.doc), row.doc.shape)
-    return n, n + 1
+  @property
+  def reuse(self) -> bool:
+    """Predictions are kept while no row changes; they would change if entries of a partial cache do."""
+    return self.quota.reuse and not self.choice.extras and self.policy.partial is None
 
-  def width(self, row: Row) -> int:
-    """Slots of the front unit in a call (static)."""
-    return min(self.capacity, row.tokens.shape[1]) if self.capacity else row.tokens.shape[1]
+  def named_stops(self):
+    """(key, rule) of the stop rules."""
+    names = {cls: kind for kind, cls in stop.REGISTRY.items()}
+    return [(names[type(x)], x) for x in self.stops]
 
-  def start_cursor(self, row: Row) -> Array:
-    """int32[B]: how many given tokens precede the first front. All whole units, but one where its slots
-    predict the first open token."""
-    committed = jnp.logical_not(eligible(row))
-    noise = self.objective.corruption.state(row, committed)
-    lo, _ = self.units(row, noise)
-    whole = at_coordinate(lo, first_where(~committed))
-    if self.lead:
-      whole = jnp.where(whole > 0, at_coordinate(lo, whole - 1), 0)
-    return jnp.where(committed.all(1), 0, whole) if self.store is not None else jnp.zeros_like(whole)
+  def view(self, row: Row, noise: Noise, only: Array, branch: int):
+    """The objective's view; branch 1 has every condition dropped."""
+    if self.branches > 1:
+      drop = jnp.full(row.docs.occurrence.shape, branch == 1)
+      noise = noise.replace(drop=drop)
+    return self.objective.view(row, noise, only, self.latent)
 
   # -- the loop -------------------------------------------------------------------------------------
 
@@ -286,33 +219,24 @@ class Sampler:
 
   def step_limit(self, row: Row) -> int:
     """More steps than any generation takes: a guard against a loop without progress."""
-    N, W = row.tokens.shape[1], self.window(row)
+    N, W = row.tokens.shape[1], self.active.window(self, row)
     units = -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
-    return units * (self.quota.bound(max(W, 1)) + 2) + N
+    limit = units * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
+    return limit * math.prod(1 + getattr(x, "tries", 0) for x in self.stops)
 
   def start(self, params, row: Row, prefill: int) -> State:
     """The state before the first step: given tokens committed, whole units of the prompts cached."""
     B, N = row.tokens.shape
     committed = jnp.logical_not(eligible(row))
-    cursor = self.start_cursor(row)
-    caches, forwards = (), 0
-    if self.policy.stores:
-      cache = self.model.init_cache(B, N)
-      caches = (cache,) * self.branches
-      if prefill:
-        at = jnp.broadcast_to(jnp.arange(prefill, dtype=jnp.int32), (B, prefill))
-        keep = at < jnp.minimum(cursor, prefill)[:, None]
-        only = self.only(jnp.full((B, 1), self.store), at, keep)
-        noise = self.objective.corruption.state(row, committed)
-        outs = []
-        for i, cache in enumerate(caches):
-          inputs, _ = self.view(row, noise, only, i)
-          new = self.model.apply(params, inputs, {}, cache=cache).new
-          outs.append(write_cache(cache, new, keep))
-        caches, forwards = tuple(outs), self.branches
+    cursor = self.active.start(self, row)
     zero = jnp.zeros((B,), jnp.int32)
-    M = self.window(row) + self.lead
-    draft = (jnp.zeros((B, M), jnp.int32), jnp.zeros((B, M), jnp.float32)) if self.reuse else ()
+    caches, forwards, calls = (), 0, dict.fromkeys(KINDS, zero)
+    if self.policy.stores:
+      caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
+      if prefill:
+        caches, used = self.prefill(params, row, caches, committed, jnp.minimum(cursor, prefill), prefill)
+        forwards, calls = self.branches, calls | {"prefill": used}
+    M = self.active.asked(self, row)
     return State(
       tokens=row.tokens,
       committed=committed,
@@ -323,84 +247,46 @@ class Sampler:
       k=zero,
       size=zero,
       level=jnp.ones((B,), jnp.float32),
+      busy=jnp.zeros((B,), bool),
       done=committed.all(1),
       step=jnp.int32(0),
       forwards=jnp.int32(forwards),
+      calls=calls,
       caches=caches,
-      draft=draft,
+      draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
+      memory=self.memory(row) | {"cache": partial.memory(self, row, prefill)},
     )
 
-  @property
-  def reuse(self) -> bool:
-    return self.quota.reuse
+  def memory(self, row: Row) -> dict[str, Any]:
+    """What the plug-ins remember, before the first step."""
+    zero, shape = jnp.zeros(row.doc.shape[:1], jnp.int32), row.doc.shape
+    out = {name: x.memory(row) for name, x in self.named_stops() if x.memory(row)}
+    if self.remask.active:
+      out["remask"] = {"confidence": jnp.full(shape, -jnp.inf), "tries": zero}
+    if self.choice.top:
+      out["top"] = mix.remembered(shape, self.choice.top)
+    if self.mix.refine:
+      out["refined"] = zero
+    return out
 
-  def window(self, row: Row) -> int:
-    """Tokens of the front unit that a call asks for (static): a sub-block, or all; none if a unit is one
-    token that predicts the next."""
-    if self.single:
-      return 0
-    return min(self.cfg.sub_block, self.width(row)) if self.cfg.sub_block else self.width(row)
-
-  def only(self, stream: Array, at: Array, keep: Array) -> Array:
-    """int32[B, A, 2] from a stream (broadcast) and a coordinate per slot; empty where not kept."""
-    pair = jnp.stack([jnp.broadcast_to(stream, at.shape).astype(jnp.int32), at], -1)
-    return jnp.where(keep[..., None], pair, -1)
-
-  def view(self, row: Row, noise: Noise, only: Array, branch: int):
-    """The objective's view; branch 1 has every condition dropped."""
-    if self.branches > 1:
-      drop = jnp.full(row.docs.occurrence.shape, branch == 1)
-      noise = noise.replace(drop=drop)
-    return self.objective.view(row, noise, only, self.latent)
+  def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
+    """Caches with the first `length` int32[B] ≤ width tokens of the rows, and int32[B], rows that had any."""
+    B = length.shape[0]
+    at = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
+    keep = at < length[:, None]
+    only = active.pairs(jnp.full((B, 1), self.store), at, keep)
+    noise = self.objective.corruption.state(row, committed)
+    outs = []
+    for i, cache in enumerate(caches):
+      inputs, _ = self.view(row, noise, only, i)
+      new = self.model.apply(params, inputs, {}, cache=cache).new
+      outs.append(write_cache(cache, new, keep))
+    return tuple(outs), (length > 0).astype(jnp.int32)
 
   def ask(self, row: Row, s: State) -> Ask:
     """What the next step computes."""
-    B, N = row.tokens.shape
-    row = row.replace(tokens=s.tokens)
-    open_ = ~s.committed
-    noise = self.objective.corruption.state(row, s.committed)
-    unit_lo, unit_hi = self.units(row, noise)
-    lo, hi = at_coordinate(unit_lo, s.cursor), at_coordinate(unit_hi, s.cursor)
-    first = first_where(open_)
-    denoise = (first < hi) & ~s.done & self.denoises
-    wlo, whi = lo, hi
-    if self.cfg.sub_block:
-      origin = jnp.maximum(lo, first_where(eligible(row)))
-      wlo = origin + jnp.maximum(first - origin, 0) // self.cfg.sub_block * self.cfg.sub_block
-      wlo = jnp.where(denoise, wlo, lo)
-      whi = jnp.minimum(wlo + self.cfg.sub_block, hi)
-
-    A = self.width(row)
-    at = lo[:, None] + jnp.arange(A, dtype=jnp.int32)
-    use = (at < hi[:, None]) & ~s.done[:, None]
-    if self.store is None:
-      stream = jnp.full((B, 1), self.stream)
-    else:
-      stream = jnp.where(denoise, self.stream, self.store)[:, None]
-    keep = use & ~denoise[:, None] if self.store is not None else jnp.zeros_like(use)
-    only = self.only(stream, at, use)
-    if self.store is not None and not self.policy.stores:  # everything behind the front, once more
-      past = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
-      behind = (past < lo[:, None]) & ~s.done[:, None]
-      only = jnp.concatenate([self.only(jnp.full((B, 1), self.store), past, behind), only], 1)
-      keep = jnp.concatenate([jnp.zeros_like(behind), keep], 1)
-
-    ask = wlo[:, None] + jnp.arange(self.window(row), dtype=jnp.int32)
-    valid = ask < whi[:, None]
-    if self.lead:
-      ask = jnp.concatenate([ask, hi[:, None]], 1)
-      valid = jnp.concatenate([valid, (hi < N)[:, None]], 1)
-    valid &= ~s.done[:, None]
-    fresh = denoise & (s.unit != wlo)
-    if self.quota.timed:
-      level = jnp.where(fresh, 1.0, s.level)[:, None, None]
-      noise = noise.replace(level=jnp.where(noise.hit, level, noise.level))
-    inputs, read = self.view(row, noise, only, 0)
-    slot = at_coordinate(read[self.term], ask)
-    can = valid & at_coordinate(open_, ask) & (slot >= 0)
-    slot = jnp.where(can, slot, -1)
-    return Ask(only, keep, ask, can, slot, denoise, fresh, lo, hi, wlo, row, noise, inputs)
+    return self.active.ask(self, row, s)
 
   def predict(self, params, a: Ask, s: State, fn, xs):
     """fn over the logits of the asked tokens, guided.
@@ -414,9 +300,12 @@ class Sampler:
     term = self.objective.terms[self.term]
     zero = jnp.zeros(a.at.shape, jnp.int32)
     target = Target(head=term.head, slot=a.slot, value=zero, weight=a.can.astype(jnp.float32))
+    add = self.mix.add(self, params, a, s)
     dists, news = [], []
     for i in range(self.branches):
       inputs = self.view(a.row, a.noise, a.only, i)[0] if i else a.inputs
+      if add is not None:
+        inputs = inputs.replace(add_embed=add)
       cache = s.caches[i] if s.caches else None
       out = self.model.apply(params, inputs, {self.term: target}, cache=cache)
       dists.append(out.dists[self.term])
@@ -432,75 +321,148 @@ class Sampler:
     if self.cfg.guidance.over == "tokens":
       text = eligible(a.row)
       return (s.committed & text).sum(1) / jnp.maximum(text.sum(1), 1)
-    ordinal, total = block_ordinals(a.row, self.units(a.row, a.noise)[0])
+    ordinal, total = block_ordinals(a.row, self.active.units(self, a.row, a.noise)[0])
     return at_coordinate(ordinal, a.lo) / jnp.maximum(at_coordinate(total, a.lo) - 1, 1)
 
   def logits(self, params, row: Row, s: State) -> tuple[Array, Ask]:
     """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection."""
     a = self.ask(row, s)
-    return self.predict(params, a, s, self.choice.logits, ())[0], a
+    if self.policy.partial is None:
+      return self.predict(params, a, s, self.choice.logits, ())[0], a
+    out, now, *_ = partial.predict(self, params, a, s, self.choice.logits, ())
+    return out, a.replace(can=now)
 
-  def step(self, params, row: Row, s: State, key: Array) -> State:
-    """One iteration: predict, commit, write the cache, move the front, stop."""
-    B, N = row.tokens.shape
-    a = self.ask(row, s)
+  def forward(self, params, row: Row, s: State, a: Ask, key: Array):
+    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
+    remembered of the cache: `partial.memory`)."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
-    keys = draw.row_keys(row, key, draw.TOKEN, s.committed.sum(1))
-    keys = draw.token_keys(keys, a.at)
+    # What was opened again, or begun anew, counts as more than any number of tokens.
+    again = [s.memory[name]["tries"] for name in ("remask", "entropy_floor") if name in s.memory]
+    changes = s.committed.sum(1) + (row.doc.shape[1] + 1) * sum(again)
+    xs = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, changes), a.at)
+    if "kl" in self.choice.extras:
+      xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
 
-    def forward():
-      picked, news = self.predict(params, a, s, self.choice, keys)
+    if self.policy.partial is not None:
+      picked, caches, kept = partial.forward(self, params, s, a, xs)
+      return picked, caches, jnp.int32(self.branches), kept
+
+    def run():
+      picked, news = self.predict(params, a, s, self.choice, xs)
       caches = s.caches
       if caches:
         caches = tuple(write_cache(c, n, a.keep) for c, n in zip(caches, news, strict=True))
       return picked, caches
 
-    if self.reuse:
-      (token, score), caches = jax.lax.cond(s.changed, forward, lambda: (s.draft, s.caches))
-      forwards = s.forwards + self.branches * s.changed
-    else:
-      (token, score), caches = forward()
-      forwards = s.forwards + self.branches
+    if not self.reuse:
+      return *run(), jnp.int32(self.branches), partial.counted(self, s, a)
+    picked, caches = jax.lax.cond(s.changed, run, lambda: (s.draft, s.caches))
+    return picked, caches, self.branches * s.changed, partial.counted(self, s, a, s.changed)
 
-    in_unit = a.can & a.denoise[:, None] & (a.at < a.hi[:, None])
-    unit = Unit(
-      can=in_unit,
-      score=score,
-      k=jnp.where(a.fresh, 0, s.k),
-      size=jnp.where(a.fresh, in_unit.sum(1, dtype=jnp.int32), s.size),
-      level=jnp.where(a.fresh, 1.0, s.level),
-      token_u=draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REVEAL, s.step), a.at)),
-      row_u=draw.uniforms(draw.row_keys(row, key, draw.TIME, s.step)),
+  def unit(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Unit:
+    """What quotas look at: the tokens of the window, split into the groups of the active set."""
+    G, W, score = self.active.groups, self.active.window(self, row), self.cfg.score
+    split = lambda x: x[:, :W].reshape(x.shape[0] * G, -1)
+    each = lambda x: jnp.repeat(x, G, axis=0)
+    can, at = split(a.under), split(a.at)
+    size = each(jnp.where(a.fresh, a.under.sum(1, dtype=jnp.int32), s.size))
+    token_u = split(draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REVEAL, s.step), a.at)))
+    first = jnp.min(jnp.where(can, at, row.doc.shape[1]), 1, keepdims=True)
+    progress = 1 - can.sum(1) / jnp.maximum(size, 1)
+    value = score.adjust(split(picked.score), split(picked.token) == self.cfg.eos, at - first, progress)
+    return Unit(
+      can=can,
+      at=at,
+      score=value,
+      rank=score.rank(value, token_u),
+      least=a.least,
+      k=each(jnp.where(a.fresh, 0, s.k)),
+      size=size,
+      level=each(jnp.where(a.fresh, 1.0, s.level)),
+      token_u=token_u,
+      row_u=each(draw.uniforms(draw.row_keys(row, key, draw.TIME, s.step))),
     )
-    chosen, level = self.quota.select(unit)
-    commit = (chosen & in_unit) | (a.can & ~a.denoise[:, None])
 
-    rows_ = jnp.arange(B)[:, None]
-    target = jnp.where(commit, a.at, N)
-    put = lambda x, v: x.at[rows_, target].set(v, mode="drop")
-    tokens = put(s.tokens, token)
-    committed = put(s.committed, True)
-    cursor = jnp.where(s.done | a.denoise | (self.store is None), s.cursor, a.hi)
-    level = jnp.where(a.denoise, level, s.level)
-    done = s.done | committed.all(1) | self.ended(row, tokens, committed)
-    return State(
+  def select(self, row: Row, s: State, a: Ask, picked: draw.Picked, key: Array) -> Selected:
+    """Which tokens are committed and which are opened again, and the unit after that."""
+    B, M = a.at.shape
+    none = jnp.zeros((B, M), bool)
+    forced = a.can & ~a.under
+    if not self.denoises:
+      return Selected(forced, none, s.k, s.size, s.level, s.busy, s.memory)
+    G, W = self.active.groups, self.active.window(self, row)
+    join = lambda x: jnp.pad(x.reshape(B, W), ((0, 0), (0, M - W)))
+    unit = self.remask.prepare(self.quota, self.commit.rank(self.unit(row, s, a, picked, key)))
+    chosen, level = self.quota.select(unit)
+    chosen, opened = self.commit.select(unit, chosen), none
+    memory, hold = dict(s.memory), jnp.zeros((B,), bool)
+    if self.remask.active:
+      u = draw.uniforms(draw.token_keys(draw.row_keys(row, key, draw.REMASK, s.step), a.at))
+      held, kept = a.held[:, :W], s.memory["remask"]
+      conf = self.remask.confidence(unit, held, at_coordinate(kept["confidence"], unit.at))
+      chosen, opened = self.remask.select(self.quota, unit, chosen, held, conf, u[:, :W])
+      chosen, opened, conf = join(chosen), join(opened & a.denoise[:, None]), join(conf)
+      memory["remask"] = {
+        "confidence": put(kept["confidence"], a.at, conf, a.under | a.held),
+        "tries": kept["tries"] + opened.any(1),
+      }
+    else:
+      chosen = join(chosen)
+    k, size, old, level = (x.reshape(B, G)[:, 0] for x in (unit.k, unit.size, unit.level, level))
+    if self.mix.refine:
+      done = jnp.where(a.fresh, 0, s.memory["refined"])
+      hold = a.denoise & (done < self.mix.refine) & (mean(picked.kl, a.under) >= self.mix.tol)
+      memory["refined"] = done + hold
+    if self.choice.top:
+      memory["top"] = mix.remember(memory["top"], a, picked)
+    chosen, level = chosen & ~hold[:, None], jnp.where(hold, old, level)
+    progress = 1 - a.under.sum(1) / jnp.maximum(size, 1)
+    for rule in self.stops:
+      chosen |= rule.flush(a, picked, progress)[:, None]
+    k = k + ~hold
+    return Selected(
+      commit=(chosen & a.under) | forced,
+      opened=opened,
+      k=jnp.where(a.denoise, k, s.k),
+      size=size,
+      level=jnp.where(a.denoise, level, s.level),
+      busy=a.denoise & self.remask.busy(self.quota, k),
+      memory=memory,
+    )
+
+  def step(self, params, row: Row, s: State, key: Array) -> State:
+    """One iteration: predict, commit, write the cache, move the front, stop."""
+    a = self.ask(row, s)
+    picked, caches, forwards, kept = self.forward(params, row, s, a, key)
+    x = self.select(row, s, a, picked, key)
+    tokens = put(s.tokens, a.at, picked.token, x.commit)
+    committed = put(put(s.committed, a.at, True, x.commit), a.at, False, x.opened)
+    at_level = jnp.broadcast_to(jnp.where(a.denoise, x.level, 0.0)[:, None], a.at.shape)
+    called = {"denoise": a.denoise, "write": ~a.denoise & ~s.done}
+    after = State(
       tokens=tokens,
       committed=committed,
-      committed_at=put(s.committed_at, s.step),
-      level_at=put(s.level_at, jnp.broadcast_to(jnp.where(a.denoise, level, 0.0)[:, None], a.at.shape)),
-      cursor=cursor,
+      committed_at=put(put(s.committed_at, a.at, s.step, x.commit), a.at, -1, x.opened),
+      level_at=put(s.level_at, a.at, at_level, x.commit),
+      cursor=a.cursor,
       unit=jnp.where(a.denoise, a.wlo, s.unit),
-      k=jnp.where(a.denoise, unit.k + 1, s.k),
-      size=unit.size,
-      level=level,
-      done=done,
+      k=x.k,
+      size=x.size,
+      level=x.level,
+      busy=x.busy,
+      done=s.done | ((committed.all(1) | self.ended(row, tokens, committed)) & ~x.busy),
       step=s.step + 1,
-      forwards=forwards,
+      forwards=s.forwards + forwards,
+      calls=s.calls | {kind: s.calls[kind] + (on & (forwards > 0)) for kind, on in called.items()},
       caches=caches,
-      draft=(token, score) if self.reuse else (),
-      changed=commit.any() | (cursor != s.cursor).any(),
+      draft=picked if self.reuse else (),
+      changed=x.commit.any() | x.opened.any() | (a.cursor != s.cursor).any(),
+      memory=x.memory | {"cache": kept},
     )
+    for rule in self.stops:
+      after = rule.after(self, row, s, after)
+    return after
 
   def ended(self, row: Row, tokens: Array, committed: Array) -> Array:
     """bool[B]: an EOS is committed and so is everything before it."""
@@ -517,52 +479,8 @@ class Sampler:
     open_at = first_where(~s.committed)
     eos = self._eos_at(row, s.tokens, s.committed)
     lengths = jnp.where(eos < open_at, eos + 1, jnp.minimum(open_at, total))
-    return Result(s.tokens, s.committed_at, s.level_at, lengths, s.done, s.step, s.forwards)
-
-
-def prompt_row(
-  prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1
-) -> Row:
-  """Rows to generate from prompts of unequal length (host).
-
-  Args:
-    prompts: sequence of int sequences (BOS included where the model wants one); may be empty.
-    length: N, tokens of a row.
-    new: tokens to generate per row at most; a row ends at `length`.
-    example_ids: uint32[B, 2]; by default the row's number. Equal ids draw equal noise.
-    side: {name: [B, 1, …]} tables of conditions.
-    axes: position axes.
-
-  Raises:
-    ValueError: a prompt that leaves no room.
-  """
-  from genmodels.contracts import Documents
-
-  B = len(prompts)
-  tokens = np.full((B, length), pad, np.int32)
-  doc = np.full((B, length), -1, np.int32)
-  role = np.full((B, length), TEXT, np.int32)
-  for i, p in enumerate(prompts):
-    p = np.asarray(p, np.int32).reshape(-1)
-    if len(p) >= length:
-      raise ValueError(
-        f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt"
-      )
-    tokens[i, : len(p)] = p
-    role[i, : len(p)] = CONTEXT
-    doc[i, : min(len(p) + new, length)] = 0
-  if example_ids is None:
-    example_ids = np.stack([np.zeros(B), np.arange(B)], -1)
-  zero = np.zeros((B, 1), np.int32)
-  docs = Documents(
-    example_id=jnp.asarray(np.asarray(example_ids, np.uint32)[:, None]),
-    occurrence=jnp.asarray(zero),
-    rank=jnp.asarray(np.stack([np.arange(B), np.full(B, B)], -1)[:, None].astype(np.int32)),
-    mode=jnp.asarray(zero),
-    source=jnp.asarray(zero),
-    side={k: jnp.asarray(v) for k, v in (side or {}).items()},
-  )
-  pos = np.zeros((B, length, axes), np.float32)
-  pos[..., 0] = np.arange(length)
-  none = np.full((B, length), -1, np.int32)
-  return Row(*(jnp.asarray(x) for x in (tokens, doc, pos, role, np.zeros_like(doc), none)), docs)
+    for rule in self.stops:
+      lengths = rule.lengths(s, lengths)
+    return Result(
+      s.tokens, s.committed_at, s.level_at, lengths, s.done, s.step, s.forwards, s.calls, s.memory
+    )

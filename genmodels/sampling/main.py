@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--prompts-file", help="a prompt per line")
   parser.add_argument("--labels", default="", help="classes of images, separated by commas")
+  parser.add_argument("--sampler", default="", help="a sampler file, such as samplers/fast_dllm")
   parser.add_argument("--n", type=int, default=1, help="samples of each prompt or label")
   parser.add_argument(
     "--length", type=int, default=0, help="tokens of a row, prompt included (default: as trained)"
@@ -37,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--out", help="write the samples there: PNG for images, text otherwise")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument(
-    "overrides", nargs="*", help="key=value of the sampler section, or model.attention=value"
+    "overrides",
+    nargs="*",
+    help="key=value of the sampler section, or model.attention=value, model.extend.factor=value",
   )
   args = parser.parse_args(argv)
 
@@ -47,10 +50,13 @@ def main(argv: list[str] | None = None) -> int:
   from genmodels.parallel import rules
   from genmodels.sampling import run as runs
 
-  overrides = [t if t.startswith(("sampler.", "model.attention")) else f"sampler.{t}" for t in args.overrides]
+  overrides = [
+    t if t.startswith(("sampler.", "model.attention", "model.extend")) else f"sampler.{t}"
+    for t in args.overrides
+  ]
   if args.length:
     overrides.append(f"sampler.length={args.length}")
-  run = runs.load_run(args.workdir, args.step, overrides)
+  run = runs.load_run(args.workdir, args.step, overrides, args.sampler)
   parts = run.parts
   sampler = runs.sampler_of(parts, run.step)
   if not jax.process_index():
@@ -94,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
       "workdir": str(args.workdir), "step": run.step, "cache": sampler.policy.name,
       "steps": int(result.steps),
       "forwards": int(result.forwards), "tokens": generated, "seconds": seconds,
+      "calls": {kind: int(n.sum()) for kind, n in result.calls.items()},
+      "tokens_per_forward": float(np.asarray(result.tokens_per_forward).mean()),
       "file": str(file) if file else None,
       "samples": rows,
     }  # fmt: skip
@@ -107,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"wrote {file}")
   print(
     f"{len(items)} samples of step {run.step}, {generated} tokens, {int(result.steps)} steps, "
-    f"{int(result.forwards)} forwards, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
+    f"{int(result.forwards)} forwards, {float(np.asarray(result.tokens_per_forward).mean()):.2f} tokens per "
+    f"forward of a row, cache {sampler.policy.name}, {seconds:.1f} s (compilation included)",
     file=sys.stderr,
   )
   return 0

@@ -25,7 +25,7 @@ from genmodels.corruption.base import eligible
 from genmodels.masks.relations import parse
 from genmodels.models import write_cache
 from genmodels.sampling import cache, draw
-from genmodels.sampling.loop import Result, at_coordinate, first_where
+from genmodels.sampling.state import Result, at_coordinate, first_where
 
 
 @pytree()
@@ -171,11 +171,11 @@ class OrderedSampler:
     """Decodes the next tokens of every row."""
     at, use = self.now(row, s, key)
     keys = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, s.committed.sum(1)), at)
-    (token, _), kept = self.predict(params, row, s, at, use, self.choice, keys)
+    picked, kept = self.predict(params, row, s, at, use, self.choice, keys)
     N = row.tokens.shape[1]
     rows_, target = jnp.arange(at.shape[0])[:, None], jnp.where(use, at, N)
     put = lambda x, v: x.at[rows_, target].set(v, mode="drop")
-    tokens, committed = put(s.tokens, token), put(s.committed, True)
+    tokens, committed = put(s.tokens, picked.token), put(s.committed, True)
     return State(
       tokens=tokens,
       committed=committed,
@@ -199,7 +199,9 @@ class OrderedSampler:
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     lengths = jnp.where(eos < open_at, eos + 1, jnp.minimum(open_at, total))
     zero = jnp.zeros(s.tokens.shape, jnp.float32)
-    return Result(s.tokens, s.at, zero, lengths, s.done, s.step, s.forwards)
+    none = jnp.zeros_like(lengths)
+    calls = {"prefill": none + self.cached, "denoise": s.at.max(1) + 1, "write": none}
+    return Result(s.tokens, s.at, zero, lengths, s.done, s.step, s.forwards, calls, {})
 
 
 def pairs(stream: int, at: Array, keep: Array) -> Array:

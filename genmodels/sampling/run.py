@@ -24,7 +24,8 @@ from genmodels.contracts import Row
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling.config import SamplerConfig, at_step, build
-from genmodels.sampling.loop import Result, Sampler, prompt_row
+from genmodels.sampling.loop import Sampler
+from genmodels.sampling.state import Result, prompt_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Run:
   mesh: Any
 
 
-def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) -> Run:
+def load_run(workdir, step: int | None = None, overrides: Sequence[str] = (), sampler: str = "") -> Run:
   """Opens a workdir: its config, its system, its newest verified parameters (the average, where one is kept).
 
   Args:
     step: this checkpoint and no other.
     overrides: "key.path=value" on the stored config.
+    sampler: a sampler file (`configs/samplers`), whose sections are merged into the stored ones first.
 
   Raises:
     FileNotFoundError: no config.json. RestoreError: no checkpoint verifies. ConfigError.
@@ -57,7 +59,11 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = ()) ->
     raise FileNotFoundError(
       f"{path}/config.json does not exist: is {path} the --workdir of a training run, or an import?"
     )
-  cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
+  stored = _tuples(json.loads((path / "config.json").read_text()))
+  if sampler:
+    changes = config.plain(config.load(sampler))
+    stored = config.merged(stored, {k: v for k, v in changes.items() if k not in ("name", "paper", "tests")})
+  cfg = ml_collections.ConfigDict(stored)
   for text in overrides:
     config.override(cfg, text)
   mesh = _mesh(cfg)
@@ -142,9 +148,15 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
     # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
     meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
-    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step)
+    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step, load=_drafting)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
+
+
+def _drafting(workdir: str) -> tuple[Sampler, Any]:
+  """A run that drafts for another one: its plain sampler and its parameters."""
+  run = load_run(workdir)
+  return sampler_of(run.parts, run.step, {}), run.trees["model"]
 
 
 def _meta(specials) -> dict:

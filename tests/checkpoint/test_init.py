@@ -69,6 +69,25 @@ def source(tmp_path_factory):
   return workdir
 
 
+def test_checkpoints_are_merged(tmp_path):
+  """The mean over steps of one run, leaf by leaf; a step that is not there is refused."""
+  m = Manager(tmp_path / "run" / init.CHECKPOINTS)
+  for step in (2, 4, 7):
+    s = System(step).make()
+    m.save(step, s.replace(step=s.step + step))
+  m.close()
+  recipe = {"kind": "workdir", "path": str(tmp_path / "run"), "step": 7, "average": (2, 4)}
+  merged, line = System(1).start(tmp_path / "own", recipe)
+  want = jax.tree.map(lambda *x: sum(x) / 3, *(params(n) for n in (2, 4, 7)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged.trees["model"], want)
+  assert not equal(merged.trees["model"], params(7)) and "step 7 averaged with 2, 4" in line
+  with pytest.raises(RestoreError, match="no checkpoint of step 3"):
+    System(1).start(tmp_path / "other", recipe | {"average": (2, 3)})
+  for wrong in ({"step": -1}, {"average": (7,)}, {"average": (2, 2)}):
+    with pytest.raises(ConfigError, match="different steps"):
+      System(1).start(tmp_path / "other", recipe | wrong)
+
+
 def test_order(source, tmp_path):
   run = System(2, ema=True)
   recipe = {"kind": "workdir", "path": str(source)}

@@ -5,9 +5,8 @@ import math
 
 import pytest
 
-from genmodels.config import ConfigError
+from genmodels.config import ConfigError, merged
 from genmodels.evals import curve
-from genmodels.evals.texts import merged
 from tests.sampling.test_run import workdir
 
 

@@ -34,7 +34,7 @@ class TableModel:
 def _map(fn, logits, xs):
   B, M, n = logits.shape
   flat = jnp.concatenate([logits, jnp.full((B, M, 1), -jnp.inf)], -1).reshape(B * M, n + 1)
-  out = fn(flat, *(x.reshape(B * M) for x in xs))
+  out = fn(flat, *(x.reshape(B * M, *x.shape[2:]) for x in xs))
   return jax.tree.map(lambda y: y.reshape(B, M, *y.shape[1:]), out)
 
 

@@ -25,11 +25,21 @@ SYSTEMS = {
   "one_stream": (S.single_stream, {"quota": {"kind": "linear", "steps": 3}}, "block_exact"),
   "sub_blocks": (lambda: S.bd(6), {"quota": {"kind": "cosine", "steps": 2}, "sub_block": 3}, "block_exact"),
 }
+SYSTEMS["prefix_dlm"] = (
+  lambda: dataclasses.replace(
+    S.single_stream(), corruption={"kind": "absorb", "blocks": {"anchor": "prompt"}}
+  ),
+  {"quota": {"kind": "threshold", "tau": 0.4}},
+  "block_exact",
+)
 FAST = ("ar", "bd3", "nbdiff")
 
 
-def follow(sampler, row, steps):
+def follow(sampler, row, steps, noise=None):
   """Scans the loop; at each step the sampler's logits beside those of one training forward over the row.
+
+  Args:
+    noise: (row, committed, Ask) → Noise of the whole row; default: the corruption's state.
 
   Returns:
     logits, reference float32[T, B, M, V], can bool[T, B, M], at int32[T, B, M]; the last state.
@@ -41,7 +51,8 @@ def follow(sampler, row, steps):
   def whole(s, a):
     """Every slot of every stream at once, as in training: no `only`, no cache."""
     filled = row.replace(tokens=s.tokens)
-    inputs, read = objective.view(filled, objective.corruption.state(filled, s.committed))
+    of = noise or (lambda row, committed, a: objective.corruption.state(row, committed))
+    inputs, read = objective.view(filled, of(filled, s.committed, a))
     slot = jnp.take_along_axis(read[sampler.term], jnp.clip(a.at, 0, S.N - 1), 1)
     target = Target(term.head, jnp.where(a.can, slot, -1), a.at, a.can.astype(jnp.float32))
     return sampler.model.apply(params, inputs, {"t": target}).dists["t"].map(sampler.choice.logits)
@@ -185,7 +196,8 @@ def test_block_size_one_is_the_ar_decoder():
     (S.mdm(), "block_exact", "none"),
     (S.mdm(), "causal_exact", "none"),
     (S.bd(), "causal_exact", "block_exact"),
-    (S.bd(), "prefix", "auto"),
+    (S.bd(), "prefixes", "auto"),
+    (S.ar(), "prefix", "auto"),
   ],
 )
 def test_wrong_pairings_are_refused(objective, cache, fix):
@@ -204,3 +216,10 @@ def test_undecodable_objectives_are_refused():
     S.sampler(dataclasses.replace(S.ar(), masks={"full": "full"}))
   with pytest.raises(ValueError, match="BOS"):
     S.sampler(S.ar())(S.params(), S.row((1, 0, 2, 3)), jax.random.key(0))
+
+
+def test_prompts_longer_than_the_cache_are_refused():
+  with pytest.raises(ValueError, match=r"prompt 1 has 14 tokens, a row has 14; raise the length"):
+    sampling.prompt_row([[1], [2] * S.N], S.N, 4)
+  with pytest.raises(ValueError, match=r"prefill is 4, .* up to 8 tokens"):
+    S.sampler(S.bd())(S.params(), S.row(), jax.random.key(0), prefill=4)

@@ -13,6 +13,11 @@ def keys(n, seed=0):
   return a * np.uint32(2654435761) + np.uint32(seed), a ^ np.uint32(seed * 7919)
 
 
+def pick(choice, logits, n):
+  picked = choice(logits, *keys(n))
+  return picked.token, picked.score
+
+
 def test_gumbel_has_its_tail():
   """The maximum of 2·10⁷ draws is about ln n + 0.577 = 17.4; 23-bit uniforms never pass 15.95. And the
   draws beyond 11.5 (10⁻⁵ of them) follow the exponential tail (Kolmogorov–Smirnov)."""
@@ -48,12 +53,12 @@ def test_low_range_gumbel_would_fail():
 def test_draws_follow_the_distribution():
   logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
   n = 40000
-  token, score = draw.Choice(temperature=1.0)(jnp.tile(logits, (n, 1)), *keys(n))
+  token, score = pick(draw.Choice(temperature=1.0), jnp.tile(logits, (n, 1)), n)
   share = np.bincount(token, minlength=4) / n
   want = np.exp(np.asarray(logits))
   assert np.abs(share - want).max() < 4 * 0.5 / np.sqrt(n)
   np.testing.assert_allclose(score, want[np.asarray(token)], rtol=1e-5)
-  cold, _ = draw.Choice(temperature=0.5)(jnp.tile(logits, (n, 1)), *keys(n))
+  cold, _ = pick(draw.Choice(temperature=0.5), jnp.tile(logits, (n, 1)), n)
   share, want = np.bincount(cold, minlength=4) / n, want**2 / (want**2).sum()
   assert np.abs(share - want).max() < 4 * 0.5 / np.sqrt(n)
 
@@ -71,7 +76,7 @@ def test_filters():
 @pytest.mark.parametrize("score", draw.SCORES)
 def test_scores(score):
   z = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25]])).astype(jnp.bfloat16)
-  token, got = draw.Choice(temperature=0, score=score)(z, *keys(2))
+  token, got = pick(draw.Choice(temperature=0, score=score), z, 2)
   assert token.tolist() == [0, 0] and got.dtype == jnp.float32
   p = np.asarray(jax.nn.softmax(z.astype(jnp.float32), -1))
   want = {
@@ -87,6 +92,6 @@ def test_scores(score):
 
 def test_forbidden_ids_are_never_drawn():
   z = jnp.tile(jnp.array([[0.0, 50.0, 0.0]]), (500, 1))
-  token, score = draw.Choice(forbid=(1,), score="neg_entropy")(z, *keys(500))
+  token, score = pick(draw.Choice(forbid=(1,), score="neg_entropy"), z, 500)
   assert set(np.asarray(token).tolist()) == {0, 2}
   np.testing.assert_allclose(score, -np.log(2), rtol=1e-5)

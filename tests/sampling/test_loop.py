@@ -79,13 +79,16 @@ def select(quota, size, score=None):
   while can.any():
     u = np.random.default_rng(k).uniform(size=size + 1).astype(np.float32)
     unit = sampling.quota.Unit(
-      jnp.asarray(can),
-      jnp.asarray(score, jnp.float32),
-      jnp.array([k]),
-      jnp.array([size]),
-      jnp.asarray(level),
-      jnp.asarray(u[None, :-1]),
-      jnp.asarray(u[-1:]),
+      can=jnp.asarray(can),
+      at=jnp.arange(size)[None],
+      score=jnp.asarray(score, jnp.float32),
+      rank=jnp.asarray(score, jnp.float32),
+      least=jnp.array([1]),
+      k=jnp.array([k]),
+      size=jnp.array([size]),
+      level=jnp.asarray(level),
+      token_u=jnp.asarray(u[None, :-1]),
+      row_u=jnp.asarray(u[-1:]),
     )
     commit, level = map(np.asarray, quota.select(unit))
     assert not (commit & ~can).any()

@@ -99,6 +99,26 @@ def test_text(tmp_path, capsys):
   assert evaluator(run.trees, run.step)["documents"] == 5
 
 
+@pytest.mark.full
+def test_speculation_by_config(tmp_path, capsys):
+  """Three drafters by their keys; greedy ids are those of plain decoding."""
+  workdir(tmp_path, "language/tidar:tiny", ["data.documents=40"])
+  args = ["--workdir", str(tmp_path), "--prompt", "def ", "--prompt", "", "--length", "24", "--json"]
+  rows, forwards = {}, {}
+  for name, draft in {
+    "plain": ["draft="],
+    "tidar": [],
+    "ngram": ["draft=ngram"],
+    "model": ["draft.kind=model", f"draft.path={tmp_path}", "draft.size=3"],
+  }.items():
+    assert sample_main.main([*args, "temperature=0.0", *draft]) == 0
+    got = out(capsys)
+    rows[name], forwards[name] = [s["tokens"] for s in got["samples"]], got["forwards"]
+    assert all(s["done"] for s in got["samples"]) and got["cache"] == "causal_exact"
+    assert rows[name] == rows["plain"]
+  assert forwards["model"] < forwards["plain"] / 3  # it drafts with the target's own weights
+
+
 def test_a_folder_without_a_run_says_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="--workdir"):
     sampling.load_run(tmp_path)

@@ -147,7 +147,9 @@ class InsertionSampler:
     sort = lambda x: jnp.take_along_axis(x, by, 1)
     length = s.there.sum(1, dtype=jnp.int32)
     zero = jnp.zeros(s.tokens.shape, jnp.float32)
-    return Result(sort(s.tokens), sort(s.at), zero, length, s.done, s.step, s.step, calls_of(s.at), {})
+    calls = calls_of(s.at)
+    calls["denoise"] += (eligible(row) & ~s.there).any(1)  # one more call, which found the text complete
+    return Result(sort(s.tokens), sort(s.at), zero, length, s.done, s.step, s.step, calls, {})
 
 
 def build(cfg, objective, model, choice: draw.Choice) -> InsertionSampler:

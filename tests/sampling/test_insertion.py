@@ -10,8 +10,7 @@ import pytest
 
 from genmodels import config, sampling
 from genmodels.contracts import CONTEXT, TEXT
-from genmodels.sampling import insertion
-from genmodels.sampling.loop import prompt_row
+from genmodels.sampling import insertion, prompt_row
 from tests.objectives import test_insertion as toy
 
 KEY = jax.random.key(0)

@@ -9,8 +9,7 @@ import pytest
 
 from genmodels import config, sampling
 from genmodels.contracts import CONTEXT
-from genmodels.sampling import ordered
-from genmodels.sampling.loop import prompt_row
+from genmodels.sampling import ordered, prompt_row
 from tests.objectives.test_esoteric import objective
 from tests.objectives.test_text import KEY, MASK, trunk
 

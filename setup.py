@@ -16,6 +16,7 @@ REQUIRES = [
   "grain>=0.2.18,<0.3",
   "array-record>=0.8.6",
   "tensorstore>=0.1.86",
+  "jinja2>=3.1.6",
   "ml-collections>=1.1",
   "matplotlib>=3.8",
   "numpy>=2.0",

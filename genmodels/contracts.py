@@ -23,6 +23,7 @@ Array = jax.Array
 # Roles of a clean token.
 CONTEXT = 0  # given: never noised, never a target (BOS, a prompt, the overlap of a cut document)
 TEXT = 1  # noised and predicted
+FILLER = 2  # stands in the block of the text before it as it is, never noised or predicted (MASK padding)
 
 CLEAN = "c"  # name of the clean stream; noisy copies are "n", "n1", …; query streams "q"
 
@@ -69,7 +70,7 @@ class Row:
     tokens: int32[B, N].
     doc: int32[B, N], index of the document in `docs`; −1 is padding.
     pos: float32[B, N, A], position inside the document on A axes.
-    role: int32[B, N], CONTEXT or TEXT.
+    role: int32[B, N], CONTEXT, TEXT or FILLER.
     modality: int32[B, N].
     index: int32[B, N], entry of a side table, −1 none.
     docs: Documents.
@@ -98,6 +99,7 @@ class Noise:
     value: int32[B, C, N] or None, what stands at a hit token (None: the mask id).
     drop: bool[B, D] or None, conditions dropped for classifier-free guidance.
     pairs: bool[N, N] or None, (query, key) pairs of a random mask, one for all rows: it takes the dense path.
+    share: float32[B, N] or None, the part of a token that each one counts as in a loss and its denominator.
   """
 
   level: Array
@@ -110,6 +112,7 @@ class Noise:
   value: Array | None = None
   drop: Array | None = None
   pairs: Array | None = None
+  share: Array | None = None
 
 
 @pytree("shards", "whole_blocks")

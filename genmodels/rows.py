@@ -31,6 +31,12 @@ def doc_bounds(doc_BN: Array) -> tuple[Array, Array]:
   return lo, hi
 
 
+def runs(doc_BN: Array, flag: Array) -> tuple[Array, Array]:
+  """The interval [lo, hi) of the stretch of equal `flag`, bool[B, N], inside of its document that each token
+  stands in, int32[B, N] each: the turns of a conversation."""
+  return doc_bounds(2 * doc_BN + flag.astype(jnp.int32))
+
+
 def block_bounds(doc_lo: Array, doc_hi: Array, size, origin: Array | None = None) -> tuple[Array, Array]:
   """The block interval [lo, hi) of every token, for blocks of `size` counted from `origin`.
 
@@ -58,13 +64,6 @@ def sum_in(lo: Array, hi: Array, value: Array) -> Array:
   total = jnp.cumsum(value.astype(jnp.float32), axis=1)
   total = jnp.concatenate([jnp.zeros_like(total[:, :1]), total], 1)
   return jnp.take_along_axis(total, hi, 1) - jnp.take_along_axis(total, lo, 1)
-
-
-def first_in_doc(doc_lo: Array, doc_hi: Array, flag: Array) -> Array:
-  """Coordinate of the first flagged token of each token's document (doc_hi if none), int32[B, N]."""
-  N = flag.shape[1]
-  nxt = jax.lax.cummin(jnp.where(flag, coordinates(flag), N), axis=1, reverse=True)
-  return jnp.minimum(jnp.take_along_axis(nxt, doc_lo, 1), doc_hi)
 
 
 def rank_in_unit(unit_lo: Array, score: Array, eligible: Array) -> Array:

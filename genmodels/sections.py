@@ -116,6 +116,21 @@ def packed_text(seq_len: int, **kw) -> dict:
   return {"kind": "text", "path": "", "seq_len": seq_len, **kw}
 
 
+def sft(cfg: ml_collections.ConfigDict, tiny: bool, **chat) -> ml_collections.ConfigDict:
+  """A system's variant for conversations (`genmodels prepare --messages`), or its tiny one, on questions
+  about the Python standard library.
+
+  Args:
+    chat: fields of data.chat.Encoder for the tiny one's documents.
+  """
+  if tiny:
+    tiny_text(cfg)
+    chat = {"max_length": 192} | chat
+    cfg.data = {"kind": "python", "content": "documentation", "chat": chat, "seq_len": 256}
+    cfg.train.steps = 80
+  return cfg
+
+
 def tiny_text(cfg: ml_collections.ConfigDict, steps: int = 60) -> ml_collections.ConfigDict:
   """The `:tiny` variant of a text system: 2 layers of width 64 on bytes of the Python standard library."""
   cfg.model.update(

@@ -61,10 +61,13 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
     DataError: what is wrong with the data on disk.
   """
   implementation, why = _attention(config.plain(cfg.model), mesh)
-  cost = objectives.layout(cfg.objective).cost
-  source = data.build(cfg.data, cost, batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
+  layout = objectives.layout(cfg.objective)
+  section = _with_rooms(cfg.data, layout.rooms())
+  options = dict(batch_size=int(cfg.batch_size), seed=int(cfg.seed), workdir=workdir)
+  source = data.build(section, layout.cost, **options)
   latent = latents.build(cfg.latent) if cfg.get("latent") else None
-  meta = {"vocab": source.meta.vocab_size, "mask_id": source.meta.specials["mask"]}
+  specials = source.meta.specials
+  meta = {"vocab": source.meta.vocab_size, "mask_id": specials["mask"], "eos": specials["eos"]}
   if latent is not None:
     meta |= latent.meta
   objective = objectives.build(cfg.objective, meta)
@@ -130,6 +133,21 @@ def _with_vocabulary(section, meta, objective) -> dict:
     ):
       head["forbid"] = (objective.mask_id,)
   return section
+
+
+def _with_rooms(section, rooms: dict[str, int]):
+  """The data section with the layout's capacities: rows are packed for the slots that there are."""
+  if not rooms:
+    return section
+  section = config.plain(section)
+  given = dict(section.get("budgets") or {})
+  for name, room in rooms.items():
+    if given.get(name, room) != room:
+      raise ConfigError(
+        f"the layout has {room} slots a row for it", key=f"data.budgets.{name}", value=given[name],
+        fix=f"leave it out; objective.layout.{name}_slots says how many there are",
+      )  # fmt: skip
+  return section | {"budgets": given | rooms}
 
 
 def _agree(objective, model) -> None:

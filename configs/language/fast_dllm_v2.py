@@ -9,13 +9,20 @@ streams over one clean stream, 3L slots in place of the 4L of a doubled batch; e
 per pair, so the sum of both terms over all label tokens is the paper's mean over masked ones.
 
 The first token of a block is read from the clean stream, as the paper's decoder does; its training code reads
-it from the noisy block before (`objective.terms.a.align=shift objective.terms.b.align=shift`). Padding of
-every sample to whole blocks belongs to the data and is not done here.
+it from the noisy block before (`objective.terms.a.align=shift objective.terms.b.align=shift`).
+
+`:sft` learns the answers of conversations, every sample padded to whole blocks with MASK tokens that nothing
+is asked of, as in the paper (docs/sft.md):
+
+  genmodels prepare chats.jsonl --messages messages --out data/chat --tokenizer … --block 32 --anchor document
+  genmodels train --config configs/language/fast_dllm_v2.py:sft_tiny --workdir runs/fast_dllm_v2_sft
+
+Only blocks that hold a part of an answer are copied into the noisy streams.
 """
 
 from genmodels import sections
 
-VARIANTS = ("tiny",)
+VARIANTS = ("sft", "tiny", "sft_tiny")
 
 
 def get_config(variant: str = ""):
@@ -28,6 +35,7 @@ def get_config(variant: str = ""):
     tests=(
       "tests/objectives/test_conversion.py::test_complementary_pair_predicts_every_token_once",
       "tests/objectives/test_conversion.py::test_two_noisy_streams_are_two_rows",
+      "tests/objectives/test_sft.py::test_variants_learn_answers_only",
     ),
     model=sections.qwen2(3584, 28, 28, 4, 18944, remat={"preset": "full"}),
     objective={
@@ -53,7 +61,13 @@ def get_config(variant: str = ""):
     sampler={"quota": {"kind": "threshold", "tau": 0.9}, "score": "prob"},
   )
   cfg.batch_size = 256
+  if variant.startswith("sft"):
+    cfg.objective.layout.update(copy="blocks", longest_block=32, copy_slots=1024)
   if variant == "tiny":
     sections.tiny_text(cfg)
+  if variant == "sft_tiny":
+    sections.sft(cfg, True, block=8, anchor="document")
+    cfg.objective.layout.update(longest_block=8, copy_slots=192)
+  if variant.endswith("tiny"):
     cfg.objective.corruption.blocks.size = 8
   return cfg

@@ -5,6 +5,7 @@ from genmodels.corruption.anneal import AnnealAbsorb
 from genmodels.corruption.band import BandAbsorb, Search
 from genmodels.corruption.base import Blocks, Clean, Corruption
 from genmodels.corruption.biased import PositionAbsorb
+from genmodels.corruption.eos_unit import EosUnitAbsorb
 from genmodels.corruption.groups import Groups
 from genmodels.corruption.inputs import InputMask
 from genmodels.corruption.sampled import SampledAbsorb
@@ -17,6 +18,7 @@ REGISTRY = {
   "band_absorb": BandAbsorb,
   "monotone_absorb": MonotoneAbsorb,
   "position_absorb": PositionAbsorb,
+  "eos_unit_absorb": EosUnitAbsorb,
   "input_mask": InputMask,
   "sampled_absorb": SampledAbsorb,
   "subset": Subset,
@@ -31,6 +33,7 @@ __all__ = [
   "Blocks",
   "Clean",
   "Corruption",
+  "EosUnitAbsorb",
   "Groups",
   "InputMask",
   "MonotoneAbsorb",

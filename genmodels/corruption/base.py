@@ -14,7 +14,7 @@ import numpy as np
 
 from genmodels import rows
 from genmodels.config import Schedule
-from genmodels.contracts import TEXT, Noise, Row
+from genmodels.contracts import CONTEXT, TEXT, Noise, Row
 from genmodels.corruption import rng
 
 Array = jax.Array
@@ -27,9 +27,11 @@ class Blocks:
   Fields:
     size: tokens of a block, a number or a schedule of the step; 0: the whole document is one block (in a
       schedule: at those steps).
-    anchor: "document" counts blocks from the document's start, "response" from its first TEXT token
-      (blocks then also extend backwards into the prompt); "prompt" has two blocks, what is given before the
-      first TEXT token and all the rest, and excludes `size` (Prefix-DLM, LaViDa 2505.16839).
+    anchor: "document" counts blocks from the document's start, "response" from the start of each stretch of
+      tokens that are not CONTEXT. No block then straddles such a border; those of a prompt are counted
+      backwards from the response behind it, as a decoder that is given the prompt counts them. "prompt" has
+      two blocks, what is given before the first TEXT token and all the rest, and excludes `size`
+      (Prefix-DLM, LaViDa 2505.16839).
     sizes: ragged sizes of the successive blocks of every document (scales); excludes `size`.
   """
 
@@ -75,8 +77,11 @@ class Blocks:
     size = jnp.asarray(self.size(step)).astype(jnp.int32)
     if 0 in self.size.table:
       size = jnp.where(size == 0, row.doc.shape[1], size)
-    origin = rows.first_in_doc(lo, hi, row.role == TEXT) if self.anchor == "response" else None
-    return rows.block_bounds(lo, hi, size, origin)
+    if self.anchor == "document":
+      return rows.block_bounds(lo, hi, size)
+    given = row.role == CONTEXT
+    run_lo, run_hi = rows.runs(row.doc, given)
+    return rows.block_bounds(run_lo, run_hi, size, jnp.where(given & (run_hi < hi), run_hi, run_lo))
 
 
 def eligible(row: Row) -> Array:
@@ -142,6 +147,11 @@ class Corruption:
     hit = jnp.logical_not(committed) & eligible(row)
     share = rows.count_in(lo, hi, hit) / jnp.maximum(rows.count_in(lo, hi, eligible(row)), 1)
     return self.noise(row, lo, hi, hit[:, None], share[:, None].astype(jnp.float32))
+
+  def trimmed(self, row: Row, key: Array, step, bound: tuple | None = None) -> Row:
+    """The row whose tokens a draw is of: here all; a corruption may leave out the ends of documents."""
+    del key, step, bound
+    return row
 
   def dropped(self, row: Row, key: Array, at, bound: tuple | None = None) -> Array | None:
     """bool[B, D]: documents whose conditions this draw drops, one draw per document; None: none are."""

@@ -81,7 +81,7 @@ def pack(sizes: Mapping[str, np.ndarray], room: Mapping[str, int], documents: in
       i = int(size.argmax())
       raise DataError(
         f"packing: a piece costs {int(size[i])} of budget {name!r}, a row has {room[name]}; "
-        f"raise data.budgets.{name} or lower data.piece_len"
+        f"raise data.budgets.{name} (for 'copy': objective.layout.copy_slots) or lower data.piece_len"
       )
   # Fit by the budget that fills first; the others are only checked.
   first = max(sizes, key=lambda n: (sizes[n].sum() / room[n], n))

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from genmodels import config
+from genmodels.data import chat, prepare, records, sources, tokenizers
 from genmodels.data import plan as plans
-from genmodels.data import prepare, records, sources, tokenizers
 
 Batch = dict[str, np.ndarray]
 Ranges = Sequence[tuple[int, int]]
@@ -296,6 +296,8 @@ class Python(_Planned):
   """Text that every machine has: the Python standard library, prepared on first use.
 
   Fields:
+    content: "sources", or "documentation": questions about its functions, answered by their documentation,
+      which become documents as `chat` says (fields of chat.Encoder).
     path: where the prepared data lie; "" is a directory in the workdir.
     tokenizer: "byte", "bpe:N", or a folder with a tokenizer.json. heldout: share of files held out.
     documents: files to take, 0 all.
@@ -306,6 +308,8 @@ class Python(_Planned):
   tokenizer: str = "byte"
   heldout: float = 0.05
   documents: int = 0
+  content: Literal["sources", "documentation"] = "sources"
+  chat: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     super().__post_init__()
@@ -340,14 +344,21 @@ class Python(_Planned):
       tokenizer = (
         f"{os.path.basename(os.path.normpath(self.tokenizer))}-{tokenizers.load(self.tokenizer).hash}"
       )
-    name = f"python-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
+    talks = self.content == "documentation"
+    kind = "python"
+    if talks:
+      options = {"max_length": self.seq_len} | self.chat
+      kind = f"python-docs-{records.json_digest(options)[:8]}"
+    name = f"{kind}-{tokenizer}-{self.heldout:g}-{self.documents or 'all'}"
     path = self.path or os.path.join(workdir, "data", name)
     if not os.path.isdir(path):
       os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
       progress = prepare.Progress()
-      docs = prepare.read_python(progress, self.documents)
+      docs = chat.read_python_docs(self.documents) if talks else prepare.read_python(progress, self.documents)
+      encoder = chat.Encoder(chat.load("", self.tokenizer), **options) if talks else None
+      shared = {"heldout": self.heldout, "progress": progress, "chat": encoder}
       try:
-        prepare.prepare(docs, path, tokenizer=self.tokenizer, heldout=self.heldout, progress=progress)
+        prepare.prepare(docs, path, tokenizer=self.tokenizer, **shared)
       except records.DataError:
         if not os.path.isdir(path):  # otherwise another process was faster
           raise
@@ -497,7 +508,7 @@ def build(
 
   Args:
     section: `dict(kind="text" | "python" | "digits" | "tokenizer", …)`, or a built component of REGISTRY.
-    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P]}, mode →
+    cost: `Layout.cost` of the objective's layout: {"context": int[P], "text": int[P], "runs": int[P]}, mode →
       {budget: int[P]}.
     batch_size: rows of the global batch. seed: the run's.
     workdir: keeps the plan artefact (data_plan.json), checked when the run continues, and prepared data.
@@ -531,7 +542,7 @@ def _plan_file(workdir) -> str:
 
 
 def _component(name, part, *, mode=0, source=0) -> plans.Component:
-  return plans.Component(name, part.lengths, part.context, part.prefix, part.digest, mode, source)
+  return plans.Component(name, part.lengths, part.context, part.prefix, part.runs, part.digest, mode, source)
 
 
 def _plan(options: _Planned, components, cost, batch_size, seed, **kw) -> plans.Plan:

@@ -42,6 +42,7 @@ class Component:
     lengths: int[documents], tokens of each document.
     context: CONTEXT tokens of each document, int or int[documents].
     prefix: the context is a prefix (False: roles are spans, and a cut document is costed as all TEXT).
+    runs: at most so many stretches of other tokens has a document between its context ones.
     digest: of the data, so that a plan is never applied to other data.
     mode: component of an objective mixture.
     source: index of the data source (several components may share one).
@@ -51,6 +52,7 @@ class Component:
   lengths: np.ndarray
   context: Any = 0
   prefix: bool = True
+  runs: int = 1
   digest: str = ""
   mode: int = 0
   source: int = 0
@@ -164,12 +166,12 @@ class _Stage:
   end: int | None = None  # row where the next stage begins
 
 
-# Layout.cost: ({"context": int[P], "text": int[P]}, mode) -> {budget: int[P]}.
+# Layout.cost: ({"context": int[P], "text": int[P], "runs": int[P]}, mode) -> {budget: int[P]}.
 Cost = Callable[[Mapping[str, np.ndarray], int], Mapping[str, np.ndarray]]
 
 
-def _roles(context, text):
-  return {"context": context, "text": text}
+def _roles(context, text, runs=1):
+  return {"context": context, "text": text, "runs": np.broadcast_to(runs, np.shape(text))}
 
 
 class Plan:
@@ -183,8 +185,8 @@ class Plan:
     unit: what weights are shares of, "tokens" or "pieces".
     packed: False puts one piece in a row.
     documents: D; 0 chooses one that costs at most half a percent of the rows.
-    cost: `Layout.cost`, called with {"context": int[P], "text": int[P]} and a mode, returning
-      {budget: int[P]}.
+    cost: `Layout.cost`, called with {"context": int[P], "text": int[P], "runs": int[P]} and a mode,
+      returning {budget: int[P]}.
     budgets: {budget: capacity of a row}; by default what one document of N TEXT tokens costs.
     piece_len: longest piece, default N.
     shuffle: False keeps the order of the documents. epochs: 1 ends after one pass (0: endless).
@@ -319,7 +321,8 @@ class Plan:
     sizes = {"tokens": pieces.length.astype(np.int64)}
     if self.cost is None:
       return sizes
-    roles = _roles(pieces.context.astype(np.int64), (pieces.length - pieces.context).astype(np.int64))
+    runs = np.asarray([c.runs for c in self.components])[pieces.component]
+    roles = _roles(pieces.context.astype(np.int64), (pieces.length - pieces.context).astype(np.int64), runs)
     mode = np.asarray([c.mode for c in self.components])[pieces.component]
     for m in self._modes():
       at = np.flatnonzero(mode == m)

@@ -11,6 +11,7 @@ refused.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import gzip
 import itertools
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import xxhash
 
+from genmodels.data import chat as chats
 from genmodels.data import records, tokenizers
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
@@ -56,6 +58,14 @@ class Progress:
   total: int = 0
   done: int = 0
   bad: list[str] = dataclasses.field(default_factory=list)
+  reasons: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+  def refuse(self, where: str, error: Exception) -> None:
+    """Names and counts an input that is left out; a document that is too long is no bad input."""
+    reason = getattr(error, "reason", "unreadable")
+    self.reasons[reason] += 1
+    if reason != "too long":
+      self.bad.append(f"{where}: {type(error).__name__} {error}")
 
 
 class _Line:
@@ -85,10 +95,11 @@ class _Line:
 
 
 def prepare(
-  docs: Iterable[Text | str | records.Document], out: str, *, tokenizer="byte", heldout: float = 0.01,
-  bos: bool = True, eos: bool = True, vocab_size: int | None = None, depth: int = 1,
+  docs: Iterable[Text | str | records.Document | chats.Conversation], out: str, *, tokenizer="byte",
+  heldout: float = 0.01, bos: bool = True, eos: bool = True, vocab_size: int | None = None, depth: int = 1,
   shard_bytes: int = 256 << 20, compression: str = "", bpe_bytes: int = 64 << 20, max_bad: float = 0.01,
   progress: Progress | None = None, quiet: bool = True, meta: dict | None = None,
+  chat: chats.Encoder | None = None,
 ) -> dict:  # fmt: skip
   """Writes OUT/train and OUT/heldout; OUT appears complete or not at all.
 
@@ -96,9 +107,10 @@ def prepare(
     docs: texts, or records.Document that carry ids already (images, audio: give `vocab_size`).
     tokenizer: "byte", a path, "bpe:N" (trained on the first `bpe_bytes` of the training texts) or an object.
     heldout: share of documents held out, by hash of the key.
+    chat: how conversations become documents; `bos` and `eos` are not for them, their template says.
     bos, eos: put BOS (CONTEXT) in front of, EOS (TEXT) behind every text.
     max_bad: share of unreadable inputs that is tolerated.
-  Returns: {"train": manifest, "heldout": manifest, "empty": n, "bad": [names]}.
+  Returns: {"train": manifest, "heldout": manifest, "empty": n, "bad": [names], "reasons": {reason: n}}.
   Raises: records.DataError if OUT exists, an id is out of range, or too much input is bad.
   """
   if os.path.exists(out):
@@ -127,7 +139,7 @@ def prepare(
   try:
     writers = {s: records.Writer(os.path.join(tmp, s), meta=meta, **options) for s in ("train", "heldout")}
     while chunk := list(itertools.islice(docs, 256)):
-      for key, doc in _documents(chunk, tokenizer, bos, eos):
+      for key, doc in _documents(chunk, tokenizer, bos, eos, chat, progress):
         if not len(doc.tokens) or (not doc.source_bytes and tokenizer):
           empty += 1
           continue
@@ -140,7 +152,7 @@ def prepare(
         f"max_bad={max_bad}; the "
         f"first: {'; '.join(progress.bad[:3])}. Repair or remove them, or raise --max-bad"
       )
-    meta |= dict(empty=empty, bad=progress.bad)
+    meta |= dict(empty=empty, bad=progress.bad, reasons=dict(progress.reasons))
     result = {split: writer.close() for split, writer in writers.items()}
     if not result["train"]["documents"]:
       raise records.DataError(f"{out}: no training documents ({empty} empty, {len(progress.bad)} unreadable)")
@@ -149,7 +161,7 @@ def prepare(
     shutil.rmtree(tmp, ignore_errors=True)
     raise
   line.show(n, tokens, last=True)
-  return dict(result, empty=empty, bad=progress.bad)
+  return dict(result, empty=empty, bad=progress.bad, reasons=dict(progress.reasons))
 
 
 def _publish(tmp, out):
@@ -168,16 +180,25 @@ def _held_out(key: bytes, share: float) -> bool:
 def _key(doc) -> bytes:
   if isinstance(doc, records.Document):
     return records.encode(doc, np.dtype("<u4"))
+  if isinstance(doc, chats.Conversation):
+    return doc.text.encode("utf-8", "replace")
   return (doc.key or doc.prompt + doc.text).encode("utf-8", "replace")
 
 
-def _documents(chunk, tokenizer, bos, eos) -> Iterator[tuple[bytes, records.Document]]:
+def _documents(chunk, tokenizer, bos, eos, chat, progress) -> Iterator[tuple[bytes, records.Document]]:
   chunk = [Text(d) if isinstance(d, str) else d for d in chunk]
   texts = [s for d in chunk if isinstance(d, Text) for s in (d.prompt, d.text)]
   ids = iter(tokenizer.encode_batch(texts) if texts else ())
   for doc in chunk:
     if isinstance(doc, records.Document):
       yield _key(doc), doc
+      continue
+    if isinstance(doc, chats.Conversation):
+      for made in chat.documents(doc, tokenizer):
+        if isinstance(made, records.Document):
+          yield _key(doc), made
+        else:
+          progress.refuse(doc.where, made)
       continue
     prompt, body = next(ids), next(ids)
     special = tokenizer.specials
@@ -196,7 +217,7 @@ def _train(docs, vocab_size, limit, heldout):
     doc = Text(doc) if isinstance(doc, str) else doc
     head.append(doc)
     if not _held_out(_key(doc), heldout):
-      texts.append(doc.prompt + doc.text)
+      texts.append(doc.text if isinstance(doc, chats.Conversation) else doc.prompt + doc.text)
       size += len(texts[-1])
     if size >= limit:
       break
@@ -231,17 +252,27 @@ def list_files(inputs: Iterable[str]) -> list[str]:
 
 
 def read_files(
-  files: list[str], progress: Progress, *, text: str = "text", prompt: str = "", split: str = "file"
-) -> Iterator[Text]:
-  """Texts of files. `text`, `prompt`: fields of JSONL and Parquet. `split`: a text file is one document
-  ("file"), or one a line ("line") or paragraph ("paragraph")."""
+  files: list[str], progress: Progress, *, text: str = "text", prompt: str = "", split: str = "file",
+  messages: str = "",
+) -> Iterator[Text | chats.Conversation]:  # fmt: skip
+  """Texts of files. `text`, `prompt`: fields of JSONL and Parquet; `messages`: the field of conversations.
+  `split`: a text file is one document ("file"), or one a line ("line") or paragraph ("paragraph")."""
+  columns = [messages] if messages else [c for c in (text, prompt) if c]
+
+  def take(fields, where):
+    if messages:
+      return chats.Conversation.of(fields, messages, where)
+    return _from_fields(fields, text, prompt)
+
   progress.total += sum(map(os.path.getsize, files))
   for path in files:
     before = progress.done
     if path.endswith((".jsonl", ".jsonl.gz")):
-      yield from _read_jsonl(path, progress, text, prompt)
+      yield from _read_jsonl(path, progress, take)
     elif path.endswith(".parquet"):
-      yield from _read_parquet(path, progress, text, prompt)
+      yield from _read_parquet(path, progress, columns, take)
+    elif messages:
+      raise records.DataError(f"{path}: conversations (--messages) are read from JSONL and Parquet")
     else:
       yield from _read_text(path, progress, split)
     progress.done = before + os.path.getsize(path)
@@ -269,7 +300,7 @@ def _read_text(path, progress, split):
     yield Text(body)
 
 
-def _read_jsonl(path, progress, text, prompt):
+def _read_jsonl(path, progress, take):
   opener = gzip.open if path.endswith(".gz") else open
   with opener(path, "rb") as f:
     try:
@@ -277,14 +308,14 @@ def _read_jsonl(path, progress, text, prompt):
         progress.done += 0 if path.endswith(".gz") else len(raw)
         if raw.strip():
           try:
-            yield _from_fields(json.loads(raw), text, prompt)
-          except (ValueError, KeyError, TypeError) as e:
-            progress.bad.append(f"{path}:{i + 1}: {type(e).__name__} {e}")
+            yield take(json.loads(raw), f"{path}:{i + 1}")
+          except (ValueError, KeyError, TypeError, AttributeError) as e:
+            progress.refuse(f"{path}:{i + 1}", e)
     except (OSError, EOFError) as e:
       progress.bad.append(f"{path}: {e}")
 
 
-def _read_parquet(path, progress, text, prompt):
+def _read_parquet(path, progress, columns, take):
   import pyarrow
   from pyarrow import parquet
 
@@ -293,7 +324,6 @@ def _read_parquet(path, progress, text, prompt):
   except (OSError, pyarrow.ArrowInvalid) as e:
     progress.bad.append(f"{path}: {e}")
     return
-  columns = [c for c in (text, prompt) if c]
   if missing := set(columns) - set(file.schema_arrow.names):
     raise records.DataError(f"{path}: no column {sorted(missing)}; it has {file.schema_arrow.names}")
   row, size = 0, os.path.getsize(path) / max(file.metadata.num_rows, 1)
@@ -303,9 +333,9 @@ def _read_parquet(path, progress, text, prompt):
         row += 1
         progress.done += int(size)
         try:
-          yield _from_fields(fields, text, prompt)
+          yield take(fields, f"{path}, row {row}")
         except (ValueError, KeyError, TypeError) as e:
-          progress.bad.append(f"{path}, row {row}: {type(e).__name__} {e}")
+          progress.refuse(f"{path}, row {row}", e)
   except (OSError, pyarrow.ArrowInvalid) as e:
     progress.bad.append(f"{path}, after row {row}: {e}")
 
@@ -357,7 +387,10 @@ def read_python(progress: Progress | None = None, documents: int = 0) -> Iterato
 def main(argv: list[str] | None = None) -> int:
   """The verb `genmodels prepare`."""
   p = argparse.ArgumentParser(prog="genmodels prepare", description=__doc__.splitlines()[0])
-  p.add_argument("inputs", nargs="*", help="files or directories; 'python' is the Python standard library")
+  p.add_argument(
+    "inputs", nargs="*", help="files or directories; 'python' is the Python standard library, 'python-docs' "
+    "questions about its functions with their documentation as answers",
+  )  # fmt: skip
   p.add_argument("--out", help="directory to write")
   p.add_argument(
     "--tokenizer", default="byte", help="byte (default), a tokenizer.json, or bpe:N to train one"
@@ -368,6 +401,7 @@ def main(argv: list[str] | None = None) -> int:
   p.add_argument(
     "--split", choices=("file", "line", "paragraph"), default="file", help="documents of a text file"
   )
+  _chat_arguments(p.add_argument_group("conversations"))
   p.add_argument("--no-bos", action="store_true")
   p.add_argument("--no-eos", action="store_true")
   p.add_argument("--shard-mb", type=int, default=256)
@@ -381,13 +415,20 @@ def main(argv: list[str] | None = None) -> int:
     if not args.inputs or not args.out:
       p.error("give inputs and --out, or --verify DIR")
     progress = Progress()
-    docs = read_python(progress) if args.inputs == ["python"] else read_files(
-      list_files(args.inputs), progress, text=args.text, prompt=args.prompt, split=args.split
-    )  # fmt: skip
+    talks = bool(args.messages) or args.inputs == ["python-docs"]
+    if args.inputs == ["python"]:
+      docs = read_python(progress)
+    elif args.inputs == ["python-docs"]:
+      docs = chats.read_python_docs()
+    else:
+      docs = read_files(
+        list_files(args.inputs), progress, text=args.text, prompt=args.prompt, split=args.split,
+        messages=args.messages,
+      )  # fmt: skip
     result = prepare(
       docs, args.out, tokenizer=args.tokenizer, heldout=args.heldout, bos=not args.no_bos, eos=not
       args.no_eos, shard_bytes=args.shard_mb << 20, compression=args.compression, max_bad=args.max_bad,
-      progress=progress, quiet=False,
+      progress=progress, quiet=False, chat=_encoder(args) if talks else None,
     )  # fmt: skip
   except (records.DataError, ValueError) as e:
     print(f"genmodels prepare: {e}", file=sys.stderr)
@@ -404,7 +445,40 @@ def main(argv: list[str] | None = None) -> int:
       print(
         f"{names} {what} inputs left out" + (f": {'; '.join(result['bad'][:5])}" if what != "empty" else "")
       )
+  if result["reasons"]:
+    print("left out: " + ", ".join(f"{n} {reason}" for reason, n in sorted(result["reasons"].items())))
   return 0
+
+
+def _chat_arguments(p):
+  p.add_argument("--messages", metavar="FIELD", default="", help="field with the turns: [{role, content}, …]")
+  p.add_argument(
+    "--template", default="", help="chat template: a Jinja file, a folder, 'chatml' or 'plain'; default: the "
+    "one beside the tokenizer",
+  )  # fmt: skip
+  p.add_argument(
+    "--template-arg", action="append", default=[], metavar="K=JSON", help="variable of the template"
+  )
+  p.add_argument("--learn", choices=chats.LEARN, default="all", help="answers that are learnt")
+  p.add_argument("--max-length", type=int, default=0, help="tokens of a document; 0: any")
+  p.add_argument("--too-long", choices=chats.TOO_LONG, default="drop", help="leave it out, or cut its end")
+  p.add_argument("--block", type=int, default=0, help="pad documents to whole blocks of this length; 0: not")
+  p.add_argument("--pad", choices=chats.PADS, default="mask", help="with what: MASK, ignored, or EOS, learnt")
+  p.add_argument("--anchor", choices=chats.ANCHORS, default="response", help="what blocks are counted from")
+
+
+def _encoder(args) -> chats.Encoder:
+  options = {}
+  for item in args.template_arg:
+    key, _, value = item.partition("=")
+    try:
+      options[key] = json.loads(value)
+    except json.JSONDecodeError:
+      options[key] = value
+  template = chats.load(args.template, args.tokenizer, options)
+  return chats.Encoder(
+    template, args.learn, args.max_length, args.too_long, args.block, args.pad, args.anchor
+  )  # fmt: skip
 
 
 def _verify(path):

@@ -30,7 +30,7 @@ from array_record.python import array_record_module
 FORMAT = "genmodels-records-1"
 MAGIC = 0x4D47  # "GM"
 MANIFEST = "manifest.json"
-CONTEXT, TEXT = 0, 1  # roles, as in genmodels.contracts (which this room cannot import: it needs jax)
+CONTEXT, TEXT, FILLER = range(3)  # roles, as in genmodels.contracts (not imported here: it needs jax)
 
 HEADER = np.dtype([
   ("magic", "<u2"), ("version", "u1"), ("width", "u1"), ("tokens", "<u4"), ("context", "<u4"),
@@ -212,8 +212,12 @@ class Writer:
     shard["payload"] += len(record)
     self._lengths.append(len(tokens))
     self._contexts.append(doc.context_tokens())
-    self._spans |= bool(doc.spans)
     f = self._features
+    if doc.spans:
+      self._spans = True
+      given = document_roles(len(tokens), doc.context, doc.spans) == CONTEXT
+      runs = int((np.diff(given.astype(np.int8), prepend=1) == -1).sum())
+      f["runs"] = max(f.get("runs", 1), runs)
     f["classes"] = max(f["classes"], doc.label + 1)
     f["modality"] |= doc.modality > 0
     f["shape"] |= bool(doc.shape)

@@ -2,8 +2,8 @@
 
 Legend: P pieces asked for · T their tokens, one piece after another · A position axes · K codes per position.
 
-A source has `lengths`, `context`, `prefix`, `digest` (what the plan needs), `side` {name: (shape, dtype,
-fill)} (tables per document, the same in every batch) and `fetch(document, start, length)`.
+A source has `lengths`, `context`, `prefix`, `runs`, `digest` (what the plan needs), `side` {name: (shape,
+dtype, fill)} (tables per document, the same in every batch) and `fetch(document, start, length)`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class RecordSource:
     self.data = data = records.Dataset(path, **options)
     self.path, self.axes, self.digest = path, axes, data.digest
     self.lengths, self.context, self.prefix = data.lengths, data.context, not data.spans
+    self.runs = data.manifest["features"].get("runs", 1)
     self.depth = data.depth
     features = data.manifest["features"]
     self.side = {"label": ((), np.int32, -1)} if features["classes"] else {}
@@ -109,7 +110,7 @@ class ArraySource:
     modality, index: int32[L], the same for every document, or None. pos: float32[L, A] or None.
   """
 
-  depth, prefix = 1, True
+  depth, prefix, runs = 1, True, 1
 
   def __init__(self, tokens, side, *, context=0, modality=None, index=None, pos=None):
     self.tokens, self._side, self.context = tokens, side, context

@@ -41,6 +41,13 @@ class ByteTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     return [self.encode(t) for t in texts]
 
+  def encode_special(self, text: str) -> np.ndarray:
+    """As `encode`: no text spells a special."""
+    return self.encode(text)
+
+  def special_names(self) -> tuple[str, ...]:
+    return ()
+
   def decode(self, ids) -> str:
     """Text of ids; specials are skipped, invalid UTF-8 is replaced by U+FFFD."""
     ids = np.asarray(ids).ravel()
@@ -90,6 +97,8 @@ class FileTokenizer:
     self._json = self._tokenizer.to_str()
     self.hash = xxhash.xxh3_64_hexdigest((self._json + json.dumps(self.specials, sort_keys=True)).encode())
     decoder = json.loads(self._json).get("decoder") or {}
+    added = json.loads(self._json).get("added_tokens", ())
+    self._special_names = tuple(t["content"] for t in added if t["special"])
     self._byte_level = "ByteLevel" in json.dumps(decoder)
     # Byte-level vocabularies name each byte by one character: counts are exact. Others are counted by their
     # text. self.exact_bytes = self._byte_level
@@ -111,6 +120,18 @@ class FileTokenizer:
       return np.asarray(self._tokenizer.encode(text, add_special_tokens=True).ids, np.int32)
     finally:
       self._tokenizer.encode_special_tokens = True
+
+  def encode_special(self, text: str) -> np.ndarray:
+    """Ids int32[n] of a template's text: special tokens that it spells out are meant as such."""
+    self._tokenizer.encode_special_tokens = False
+    try:
+      return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    finally:
+      self._tokenizer.encode_special_tokens = True
+
+  def special_names(self) -> tuple[str, ...]:
+    """Texts of the tokens that stand for no text."""
+    return self._special_names
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -145,6 +145,7 @@ def attention(
       return over_slots(q, k, v, plan, **options)
     return kernels.decode(q, [kernels.Segment(*cache), kernels.Segment(k, v, plan)], **options)
 
+  local = jax.named_scope("attention")(local)
   mesh = active_mesh()
   if mesh is None:
     return local(q, k, v, plan, cache)

@@ -94,6 +94,7 @@ class Categorical:
       )
       return jax.tree.map(lambda x: x.reshape(b, m, *x.shape[1:]), out)
 
+    local = jax.named_scope("head")(local)
     args = self.hidden, (self.weight, self.bias), replicated, self.valid, xs
     mesh = attend.active_mesh()
     if mesh is None:

@@ -215,6 +215,12 @@ class Objective:
         f"layout.streams has {len(self.layout.noisy)} noisy copies, the corruption draws "
         f"{self.corruption.copies}; set corruption.complement=True or drop a stream"
       )
+    copied = self.layout.longest_block
+    if copied and (longest is None or longest > copied):
+      raise ConfigError(
+        f"the longest block has {longest or 'all'} tokens of a document",
+        key="layout.longest_block", value=copied, fix=f"longest_block={longest}" if longest else "copy='all'",
+      )  # fmt: skip
 
   # -- statistics: what no gradient moves -----------------------------------------------------------
 
@@ -330,6 +336,7 @@ class Objective:
     Returns:
       (inputs, {term: Target}, {term: float32 denominator}).
     """
+    row = self.corruption.trimmed(row, key, step, bound)
     return self.asked(row, self.corruption.draw(row, key, step, latent, bound), latent, bound)
 
   def asked(self, row: Row, noise: Noise, latent=None, bound: tuple | None = None):
@@ -348,10 +355,12 @@ class Objective:
 
   def target(self, row: Row, noise: Noise, read: Array, term: Term) -> tuple[Target, Array]:
     """The Target of one term and its denominator."""
+    share = 1.0 if noise.share is None else noise.share
     valid = eligible(row) & (read >= 0)
+    doc_lo, doc_hi = rows.doc_bounds(row.doc)
     copy = max(int(self.layout.copy_of()[self.layout.streams.index(term.stream)]), 0)
     scored = valid & noise.hit[:, copy] if term.on == "hit" else valid
-    weight = scored.astype(jnp.float32)
+    weight = scored * jnp.float32(share)
     if term.weight == "nelbo":
       weight = weight * noise.nelbo[:, copy]
     elif term.weight == "inverse_marginal":
@@ -362,13 +371,16 @@ class Objective:
     elif term.weight == "decay":
       place = rows.coordinates(row.doc) - noise.blk_lo
       weight = weight * jnp.exp(-(place - 1) / term.decay)
-    doc_lo, doc_hi = rows.doc_bounds(row.doc)
+    if self.layout.copy_slots:
+      # The laws leave one reason for a token without a slot: a row that no packer made. Loud, not dropped.
+      lost = eligible(row) & (read < 0) & (rows.coordinates(row.doc) > doc_lo)
+      weight = jnp.where(jnp.any(lost), jnp.nan, weight)
     if term.normaliser == "answer_len":
-      weight = weight / jnp.maximum(rows.count_in(doc_lo, doc_hi, valid), 1)
+      weight = weight / jnp.maximum(rows.sum_in(doc_lo, doc_hi, valid * share), 1)
     documents = (rows.coordinates(row.doc) == doc_lo) & (row.doc >= 0)
     denominator = {
-      "all_valid": valid,
-      "masked": scored,
+      "all_valid": valid * share,
+      "masked": scored * share,
       "weight_sum": weight,
       "answer_len": documents & (rows.count_in(doc_lo, doc_hi, valid) > 0),
       "batch": documents,
@@ -433,6 +445,9 @@ class Objective:
 
   def bound(self, nets: Nets, row: Row, key: Array, r, R) -> tuple[Array, Array]:
     """Draw r of R of the negative log-likelihood (bound) in nats, and tokens, per document [B, D]."""
+    if self.layout.copy_slots:  # rows to evaluate need not come from a packer: room for the worst case
+      layout = dataclasses.replace(self.layout, copy_slots=0)
+      return dataclasses.replace(self, layout=layout).bound(nets, row, key, r, R)
     inputs, targets, _ = self.prepare(row, key, 0, nets.latent, bound=(r, R))
     _, aux = self.loss(nets["model"](inputs, targets), targets)
     D = row.docs.occurrence.shape[1]
@@ -554,4 +569,12 @@ def build(section, meta: Mapping[str, Any] | None = None) -> Objective:
         key="objective.mask_id", value=objective.mask_id, fix="set it, or use a tokenizer that has one",
       )  # fmt: skip
     objective = dataclasses.replace(objective, mask_id=meta["mask_id"])
+  if getattr(objective.corruption, "eos_id", 0) < 0:
+    if not meta or meta.get("eos", -1) < 0:
+      raise ConfigError(
+        "the corruption treats EOS as a unit but nobody names its id",
+        key="objective.corruption.eos_id", value=-1, fix="set it, or use a tokenizer that has one",
+      )  # fmt: skip
+    corruption = dataclasses.replace(objective.corruption, eos_id=meta["eos"])
+    objective = dataclasses.replace(objective, corruption=corruption)
   return objective

@@ -17,7 +17,9 @@ from genmodels.config import ConfigError
 from genmodels.contracts import CLEAN, CONTEXT, TEXT, token_row
 from genmodels.masks import laws as mask_laws
 
-_DOC = np.repeat([0, 1, -1], (11, 7, 2))[None]
+# Two texts behind one and two given tokens, and a conversation: prompt, answer, prompt, answer.
+_DOC = np.repeat([0, 1, 2, -1], (11, 7, 12, 2))[None]
+_GIVEN = (0, 11, 12, 18, 19, 20, 24, 25)
 
 
 def check(objective) -> list[str]:
@@ -33,14 +35,15 @@ def check(objective) -> list[str]:
   if terms := list(objective.router.scales):
     notes.append(f"{', '.join(terms)}: no ratios of sums, taken over each global micro-batch and averaged")
   role = np.full(_DOC.shape, TEXT)
-  role[0, [0, 11, 12]] = CONTEXT
-  row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=2)
+  role[0, _GIVEN] = CONTEXT
+  row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=3)
   copy_of = objective.layout.copy_of()
+  layout = dataclasses.replace(objective.layout, copy_slots=0)  # room enough: rows are the packer's matter
 
   @jax.jit  # one small program; op by op it would be a hundred
   def symbolic(step):
     noise = objective.corruption.draw(row, jax.random.key(0), step)
-    slots = objective.layout.arrange(row, noise)
+    slots = layout.arrange(row, noise)
     read = {name: objective.read(row, noise, slots, t) for name, t in objective.terms.items()}
     dense = jnp.any(jnp.stack([r.mask(slots).to_dense()[0] for r in objective.relations.values()]), 0)
     return noise.hit[0], slots.src[0], slots.stream[0], read, dense, objective.carries(row, noise, slots)[0]
@@ -52,6 +55,14 @@ def check(objective) -> list[str]:
       c = max(int(copy_of[objective.layout.streams.index(term.stream)]), 0)
       asked = (role[0] == TEXT) & (_DOC[0] >= 0) & (hit[c] if term.on == "hit" else True)
       slot = np.where(asked, read[name][0], -1)
+      opens = np.diff(_DOC[0], prepend=-1) != 0  # a document's first token may have nothing before it
+      if layout.copy != "all" and (unread := asked & ~opens & (slot < 0)).any():
+        raise ConfigError(
+          f"{int(unread.sum())} tokens of a symbolic row would be learnt by no slot: the one that predicts "
+          "them holds a prompt token, which is not copied",
+          key=f"objective.terms.{name}.align", value=term.align,
+          fix="align='shift_clean_boundary' with corruption.blocks.anchor='response', or layout.copy='all'",
+        )  # fmt: skip
       targets = [(int(s), n) for n, s in enumerate(slot) if s >= 0]
       leaks = mask_laws.leak_closure(dense, carries, targets)
       if leaks:
@@ -60,7 +71,9 @@ def check(objective) -> list[str]:
           f"the slot that predicts token {n} reaches that token's clean identity ({len(leaks)} paths "
           "on a symbolic row)",
           key=f"objective.terms.{name}", value=dataclasses.asdict(term) | {"scale": term.scale.to_json()},
-          fix="a shifted loss needs a causal stream; noisy queries see clean tokens of earlier blocks only",
+          fix="a shifted loss needs a causal stream; noisy queries see clean tokens of earlier blocks only"
+          + ("" if layout.copy != "text" else "; a block that straddles prompt and response wants "
+             "corruption.blocks.anchor='response', layout.copy='blocks' or a causal clean stream"),
         )  # fmt: skip
     clean = copy < 0
     if mask_laws.purity(dense, ~clean & (src >= 0), clean & (src >= 0)):

@@ -174,9 +174,11 @@ def at_step(objective, step: int, block: int = 0):
   if not block and blocks.size.is_constant:
     return objective, trained
   frozen = dataclasses.replace(blocks, size=Schedule.of(block or trained))
-  return dataclasses.replace(
-    objective, corruption=dataclasses.replace(objective.corruption, blocks=frozen)
-  ), trained
+  layout = objective.layout
+  if layout.longest_block:
+    layout = dataclasses.replace(layout, longest_block=max(layout.longest_block, block))
+  corruption = dataclasses.replace(objective.corruption, blocks=frozen)
+  return dataclasses.replace(objective, corruption=corruption, layout=layout), trained
 
 
 def build(section, objective, model, *, latent=None, meta=None, step: int = 0, load=None) -> Sampler:
@@ -238,6 +240,12 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     raise ConfigError(
       "the first token of a block is predicted by a noisy slot of the block before, which decoding does not "
       "compute", key=f"objective.terms.{name}.align", value="shift", fix="align='shift_clean_boundary'",
+    )  # fmt: skip
+  if cut and objective.layout.copy == "text" and blocks.anchor == "document":
+    raise ConfigError(
+      "noisy slots of the block where the answer begins read the prompt's part of it from the clean stream, "
+      "which a decoder writes in whole blocks", key="objective.layout.copy", value="text",
+      fix="corruption.blocks.anchor='response', or layout.copy='blocks'",
     )  # fmt: skip
   if model.cfg.head(term.head).kind != "categorical":
     raise ConfigError(

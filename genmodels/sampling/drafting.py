@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from genmodels import config
@@ -10,7 +11,14 @@ from genmodels.sampling import diffuspec, draft_heads, drafters, joint, speculat
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.loop import Sampler
 
+
+@dataclasses.dataclass(frozen=True)
+class Plain(Drafter):
+  """No drafts: what a config says with `draft.kind=plain` where another one names a drafter."""
+
+
 DRAFTERS = {
+  "plain": Plain,
   "ngram": drafters.NGram,
   "jacobi": drafters.Jacobi,
   "model": drafters.Small,
@@ -47,6 +55,8 @@ def attach(sampler: Sampler, draft: Drafter, rule, load: Callable | None = None)
   Raises:
     ConfigError: they do not fit the model.
   """
+  if isinstance(draft, Plain):
+    return sampler
   if isinstance(draft, joint.Marginals):
     if rule != "auto":
       raise ConfigError(

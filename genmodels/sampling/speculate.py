@@ -458,12 +458,12 @@ def unadorned(sampler: Sampler) -> None:
   if sampler.branches > 1:
     raise ConfigError(
       "guided logits are not verified", key="sampler.guidance", value=sampler.cfg.guidance.scale,
-      fix="sampler.guidance=1, or sampler.draft=''",
+      fix="sampler.guidance=1, or sampler.draft.kind='plain'",
     )  # fmt: skip
   if sampler.stops:
     raise ConfigError(
       "a verified row stops at its EOS only", key="sampler.stop", value=sampler.stops[0],
-      fix="sampler.stop=(), or sampler.draft=''",
+      fix="sampler.stop=(), or sampler.draft.kind='plain'",
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ BAD = {
   "heads": (lambda s: edit(s / "config.json", num_key_value_heads=3), "k_proj.weight: expected shape"),
   "unknown architecture": (lambda s: edit(s / "config.json", model_type="mamba"), "model_type = 'mamba': cannot read"),
   "mixture of experts": (lambda s: edit(s / "config.json", model_type="mixtral"), "not supported yet: it needs its names"),
-  "fused experts": (lambda s: edit(s / "config.json", model_type="llada2_moe_veomni"), "experts that are stored as one"),
+  "fused experts": (lambda s: edit(s / "config.json", model_type="llada2_moe_veomni"), "experts stored as one tensor"),
   "experts of the config": (lambda s: edit(s / "config.json", model_type="qwen3_moe"), "lacks a key.*num_experts|num_experts"),
   "activation": (lambda s: edit(s / "config.json", hidden_act="relu2"), "hidden_act = 'relu2'"),
   "rope": (lambda s: edit(s / "config.json", rope_scaling={"rope_type": "longrope", "factor": 2.0}), "longrope"),
@@ -428,6 +428,26 @@ def test_every_config_writes_itself(case):
   assert hf_names.entries(cfg, layout)
 
 
+@pytest.mark.full  # an 8-device step: 40 s of a core
+def test_a_mixture_of_experts_from_a_folder_to_a_folder(tmp_path, capsys):
+  """Import, train on as SDAR, export under its layout: the published keys, experts moved, router included."""
+  src, named, _ = folders.imported(tmp_path, "qwen3_moe")
+  run, data = tmp_path / "run", "data={'kind': 'python', 'documents': 12, 'seq_len': 32, 'path': '%s'}"
+  assert cli.main([
+    "train", "--config", "language/sdar:tiny", "--from", str(tmp_path / "dst"), "--workdir", str(run), "train.steps=2", "optim.schedule.warmup=0",
+    "eval.every=0", "batch_size=8", data % (tmp_path / "data"), "objective.router={'balance': 0.01}",
+  ]) == 0  # fmt: skip
+  last = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()][-1]
+  assert last["loss/router_balance"] > 1.9 and 1 <= last["router/load_max"] <= 3
+  assert cli.main(["export", str(run), str(tmp_path / "out"), "--layout", "sdar_moe"]) == 0
+  back = tensors.folder(tmp_path / "out")
+  assert set(back) == set(folders.keys("qwen3_moe"))
+  moved = [n for n, x in named.items() if not np.array_equal(back[n].open()[: x.shape[0]], x)]
+  assert {"model.layers.0.mlp.gate.weight", "model.layers.2.mlp.experts.5.down_proj.weight"} <= set(moved)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["model_type"] == "sdar_moe" and config["mlp_only_layers"] == [1] and config["block_size"] == 4
+
+
 # ----------------------------------------------------------------------- processes of their own
 
 KILLED = """
@@ -530,16 +550,25 @@ print(peak)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
-def test_memory_of_an_import(tmp_path):
+@pytest.mark.parametrize(
+  "case, sizes",
+  [
+    ("qwen3", dict(intermediate_size=8192, num_hidden_layers=12)),
+    pytest.param(
+      "sdar_moe", dict(num_experts=64, moe_intermediate_size=1024, num_hidden_layers=2), marks=pytest.mark.full,
+    ),
+  ],
+)  # fmt: skip
+def test_memory_of_an_import(case, sizes, tmp_path):
   """Anonymous memory stays under the largest tensor plus 1 GiB, for a model of 1.4 GB; holding it does not."""
   config = dict(
-    folders.CONFIGS["qwen3"], hidden_size=2048, intermediate_size=8192, num_hidden_layers=12, vocab_size=1000,
-    head_dim=64, num_attention_heads=16, num_key_value_heads=8, torch_dtype="bfloat16",
+    folders.CONFIGS[case], hidden_size=2048, vocab_size=1000, head_dim=64, num_attention_heads=16,
+    num_key_value_heads=8, torch_dtype="bfloat16", **sizes,
   )  # fmt: skip
   src = tmp_path / "src"
   src.mkdir()
   (src / "config.json").write_text(json.dumps(config))
-  specs = {n: ("BF16", folders.shape("qwen3", n, config)) for n in folders.keys("qwen3", config)}
+  specs = {n: ("BF16", folders.shape(case, n, config)) for n in folders.keys(case, config)}
   tensors.create(src / tensors.SINGLE, specs)
   found = tensors.header(src / tensors.SINGLE)[0]
   total, largest = sum(t.nbytes for t in found.values()), max(t.nbytes for t in found.values())

@@ -261,7 +261,7 @@ needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 host device
     (dict(data=2, fsdp=2, tensor=2), "blocks", True),
     pytest.param(dict(data=1, fsdp=4, context=2), "ragged", True, marks=pytest.mark.slow),
     # Two rows on eight devices: they cannot be split over fsdp, so nothing gathers the experts by hand.
-    pytest.param(dict(data=2, fsdp=2, tensor=2), "blocks", False, marks=pytest.mark.slow),
+    pytest.param(dict(data=2, fsdp=2, tensor=2), "blocks", False, marks=pytest.mark.full),
   ],
   ids=str,
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import config, models, objectives
+from genmodels import config, corruption, models, objectives
 from genmodels import rows as row_geometry
 from genmodels.contracts import CONTEXT, TEXT, Inputs, Target
 from genmodels.masks import AttnMask
@@ -54,12 +54,10 @@ def test_two_noisy_streams_are_two_rows():
   _, other = loss(obj, row, term="b")
 
   @dataclasses.dataclass(frozen=True)
-  class Given:
+  class Given(corruption.Corruption):
     """The copy of the pair, as a corruption of one copy."""
 
-    copy: int
-    copies = 1
-    blocks = obj.corruption.blocks
+    copy: int = 0
 
     def draw(self, row, key, step, latent=None, bound=None):
       one = lambda x: x[:, self.copy : self.copy + 1]
@@ -69,7 +67,7 @@ def test_two_noisy_streams_are_two_rows():
 
   for copy, want in enumerate((pair, other)):
     alone = objectives.Objective(
-      corruption=Given(copy),
+      corruption=Given(blocks=obj.corruption.blocks, copy=copy),
       layout={"kind": "streams", "streams": ("n", "c")},
       masks={"full": "bd3"},
       terms={"a": dataclasses.replace(obj.terms["a"], stream="n")},

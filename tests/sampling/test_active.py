@@ -81,7 +81,11 @@ def followed(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["window", *(pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS if n != "window")]
+  "name",
+  [
+    pytest.param(n, marks=pytest.mark.slow if n in ("window", "pipeline_shifted") else pytest.mark.full)
+    for n in SYSTEMS
+  ],
 )
 def test_logits_are_the_training_logits(name):
   """At every step, for unequal prompts: what the cached call predicts is the training forward over all slots."""
@@ -92,6 +96,7 @@ def test_logits_are_the_training_logits(name):
   assert_same(logits, reference, can)
 
 
+@pytest.mark.slow
 def test_a_window_leaves_an_ar_cache():
   """T24: the committed keys and values are an AR prefill of the tokens, under the clean stream's codes."""
   sampler, *_, state = followed("window")
@@ -112,7 +117,7 @@ def test_a_window_leaves_an_ar_cache():
       np.testing.assert_allclose(np.asarray(a)[:, i, : n[i]], np.asarray(b)[:, i, : n[i]], rtol=0, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_windows_and_no_cache_agree():
   make, section = SYSTEMS["window"]
   row, key = S.row(), jax.random.key(2)

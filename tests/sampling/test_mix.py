@@ -23,6 +23,7 @@ def run(**section):
   return jax.tree.map(np.asarray, result)
 
 
+@pytest.mark.slow
 def test_embed_is_what_a_slot_adds():
   """x with embed(b) − embed(a) added is x with b in place of a."""
   objective, row, model = S.mdm(), S.row(), S.model()

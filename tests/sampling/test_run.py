@@ -106,9 +106,9 @@ def test_speculation_by_config(tmp_path, capsys):
   args = ["--workdir", str(tmp_path), "--prompt", "def ", "--prompt", "", "--length", "24", "--json"]
   rows, forwards = {}, {}
   for name, draft in {
-    "plain": ["draft="],
+    "plain": ["draft.kind=plain"],
     "tidar": [],
-    "ngram": ["draft=ngram"],
+    "ngram": ["draft.kind=ngram"],
     "model": ["draft.kind=model", f"draft.path={tmp_path}", "draft.size=3"],
   }.items():
     assert sample_main.main([*args, "temperature=0.0", *draft]) == 0

@@ -291,6 +291,7 @@ def test_what_cannot_be_verified_is_refused():
     ConfigError, match="no draws"
   ):  # Jacobi's guesses are the target's draws at these places
     S.sampler(S.ar(), draft="jacobi", verify="rejection")
+  assert type(S.sampler(S.ar(), draft="plain")) is sampling.Sampler
   made = S.sampler(tidar(), draft={"kind": "tidar", "sample": True}, verify="rejection")
   assert made.drafter.size == 3 and made.drafter.stream == "n" and made.rule == verify.Rejection()
   gap = S.row((4, 4))

@@ -70,6 +70,7 @@ def test_remdm_without_remasking_is_mdlm():
   np.testing.assert_array_equal(a.committed_at, b.committed_at)
 
 
+@pytest.mark.slow
 def test_rcr_in_the_loop():
   """Clean tokens after step i are Σ_{j≤i} n_j in every row."""
   committed, state = trajectory(3, 256, quota={"kind": "linear", "steps": 3}, remask="rcr", temperature=2.0)
@@ -83,7 +84,7 @@ def test_gap_commits_the_rest():
   committed before stays (T23)."""
   quota = {"kind": "linear", "steps": 3}
   steps, last = [], run(quota=quota)
-  for x in (math.inf, 2.0, 0.0):  # from the second step on: before the first one all rows are alike
+  for x in (math.inf, 1.15, 0.0):  # from the second step on: before the first one all rows are alike
     r = run(quota=quota, stop={"kind": "gap", "thresholds": (math.inf, x), "at": (0.0, 0.3)})
     steps.append(int(r.calls["denoise"].sum()))
     for b in range(64):

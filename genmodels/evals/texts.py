@@ -27,7 +27,7 @@ from genmodels.parallel import multihost, rules
 from genmodels.rows import per_doc
 from genmodels.sampling import at_step
 from genmodels.sampling import run as runs
-from genmodels.sampling.loop import prompt_row
+from genmodels.sampling.state import prompt_row
 from genmodels.step import bind
 
 SHORTEST = 32  # tokens of the smallest row: every length is a power of two times it, and compiles once
@@ -93,8 +93,8 @@ class Speed:
   """What generation took.
 
   Fields:
-    tokens, forwards: generated tokens; network evaluations of a row while it was not complete, guidance
-      branches and prefill included: tokens per forward is 1 for a next-token model.
+    tokens, forwards: generated tokens; forwards that their rows took part in, the prompts' left out: tokens
+      per forward is 1 for a next-token model.
     seconds, timed_tokens: of the batches of a shape seen before, so that compilation is left out.
   """
 
@@ -349,10 +349,8 @@ class TextModel:
   def _count(self, sampler, got, part, shape, seconds):
     generated = sum(int(got.lengths[b]) - given for b, (*_, given) in enumerate(part))
     self.speed.tokens += generated
-    # A row is at work until its last token is committed; the pass that reads the prompts counts for each.
-    steps = sum(int(got.committed_at[b].max()) + 1 for b in range(len(part)))
-    prefill = int(got.forwards) - int(got.steps) * sampler.branches if sampler.policy.stores else 0
-    self.speed.forwards += steps * sampler.branches + max(prefill, 0) * len(part)
+    calls = sum(n for kind, n in got.calls.items() if kind != "prefill")
+    self.speed.forwards += int(calls[: len(part)].sum())
     if shape in self._seen and len(part) == self.rows:
       self.speed.seconds += seconds
       self.speed.timed_tokens += generated

@@ -3,7 +3,8 @@
 A config's `trees.<name>` names a kind and its fields; `network(model)` gives an object with the
 functions of a Model: init, abstract_params, logical_axes, apply.
 
-Legend: B rows · M positions · D width of the model · W hidden units · C classes.
+Legend: B rows · M positions · S slots · D width of the model (documents of a row in `EnergyNet`) · W hidden
+units · C classes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from genmodels import rows
+from genmodels.config import ConfigError
+from genmodels.contracts import Inputs, Outputs, Target
+from genmodels.models.config import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,4 +81,63 @@ class ChoiceNet:
     return jax.nn.log_softmax(x @ params["out"]["kernel"] + params["out"]["bias"], -1)
 
 
-NETS = {"trunk": SecondTrunk, "choice": Choice}
+@dataclasses.dataclass(frozen=True)
+class Energy:
+  """The model's trunk once more over pairs of texts, what is shown and a candidate for the whole, to one
+  scalar a document (EDLM, Xu et al. 2410.21357)."""
+
+  def network(self, model):
+    cfg = model.cfg
+    if cfg.channels != ("tokens",):
+      raise ConfigError(
+        "an energy is of token ids, shown and proposed", key="trees", value=cfg.channels,
+        fix="a model whose only table is the vocabulary",
+      )  # fmt: skip
+    head = Head(size=1, bias=True, zero_init=True)
+    pair = dataclasses.replace(
+      cfg, tables=(("shown", cfg.vocab_padded),), heads=(("energy", head),), lora=None
+    )
+    return EnergyNet(type(model)(pair))
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyNet:
+  """The functions of an Energy.
+
+  A slot's input is E₁[candidate] + E₂[shown], which is a matrix on the concatenated embeddings; the energy of
+  a document is the mean over its slots of an affine map of the final states, which is that map of their mean.
+  The map starts at 0: a fresh energy prefers nothing.
+  """
+
+  model: Any
+
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    return self.model.init(key)
+
+  def abstract_params(self):
+    return self.model.abstract_params()
+
+  def logical_axes(self):
+    return self.model.logical_axes()
+
+  def apply(
+    self, params, inputs: Inputs, candidate: jax.Array, documents: int, *, key=None
+  ) -> tuple[jax.Array, Outputs]:
+    """(float32[B, D] energies, 0 where there is no document; the trunk's Outputs).
+
+    Args:
+      inputs: of the denoiser: what is shown. candidate: int32[B, S], a token for each slot.
+      documents: D, the most of a row.
+    """
+    B, S = inputs.doc.shape
+    there = inputs.doc >= 0
+    slot = jnp.where(there, jnp.arange(S, dtype=jnp.int32), -1)
+    target = Target("energy", slot, jnp.zeros((B, S), jnp.int32), there.astype(jnp.float32))
+    pair = jnp.concatenate([jnp.where(there, candidate, -1)[..., None], inputs.ids], -1)
+    out = self.model.apply(params, inputs.replace(ids=pair), {"energy": target}, key=key)
+    value = out.dists["energy"].map(lambda z: z[:, 0])
+    count = rows.per_doc(inputs.doc, there.astype(jnp.float32), documents)
+    return rows.per_doc(inputs.doc, value, documents) / jnp.maximum(count, 1), out
+
+
+NETS = {"trunk": SecondTrunk, "choice": Choice, "energy": Energy}

@@ -501,6 +501,7 @@ def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.distill import BlockDistill  # here: they import this module
   from genmodels.objectives.drafts import BlockDraft, MultiToken
+  from genmodels.objectives.energy import EnergyNCE
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
@@ -515,6 +516,7 @@ def registry() -> dict[str, type]:
     "multi_token": MultiToken,
     "block_draft": BlockDraft,
     "block_policy": BlockPolicy,
+    "energy_nce": EnergyNCE,
     "esoteric": Esoteric,
     "next_token_image": NextTokenImage,
     "next_scale": NextScale,

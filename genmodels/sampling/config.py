@@ -21,6 +21,7 @@ from genmodels.sampling import (
   commit,
   drafting,
   draw,
+  energy,
   insertion,
   laws,
   mix,
@@ -115,6 +116,8 @@ class SamplerConfig:
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
     draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
     verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
+    energy: which of several drafts of the whole text is taken: a section with a `kind` of energy.REGISTRY; "" is
+      none.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.
   """
@@ -139,6 +142,7 @@ class SamplerConfig:
   length: int = 0
   draft: Any = ""
   verify: Any = "auto"
+  energy: Any = ""
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -160,6 +164,8 @@ class SamplerConfig:
       put("draft", drafting.drafter(self.draft))
     if self.verify != "auto":
       put("verify", drafting.rule(self.verify))
+    if self.energy:
+      put("energy", energy.section(self.energy))
     if self.temperature < 0:
       raise ValueError(f"temperature is {self.temperature}; it must be at least 0")
     if not 0 < self.top_p <= 1:
@@ -204,7 +210,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     latent: the bound latent that the objective's view needs.
     meta: facts of the data, {"eos": id or −1, "forbid": ids that data never contain}.
     step: training step of the parameters: fixes what the objective schedules (the block size).
-    load: workdir → (Sampler of that run, its parameters), for drafts of another model.
+    load: workdir → (Sampler of that run, its parameters), for drafts of another model, and (workdir, tree) →
+      (network beside that run's model, its parameters), for energies.
 
   Raises:
     ConfigError: a setting that does not fit the objective: key, value, reason, fix.
@@ -315,6 +322,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   check(sampler)
   if policy.partial is not None:
     sampler = laws.judged(sampler)
+  if cfg.energy:
+    sampler = energy.build(sampler, cfg.energy, load)
   return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler
 
 

@@ -93,6 +93,38 @@ def _mesh(cfg):
     return meshes.make_mesh(meshes.MeshConfig())
 
 
+def load_network(workdir, name: str) -> tuple[Any, dict]:
+  """A network beside a run's model, and its newest verified parameters; nothing else is read.
+
+  Raises:
+    FileNotFoundError: no config.json. RestoreError: no checkpoint verifies. ConfigError: no such network.
+  """
+  path = pathlib.Path(workdir)
+  if not (path / "config.json").is_file():
+    raise FileNotFoundError(f"{path}/config.json does not exist: is {path} the --workdir of a training run?")
+  cfg = ml_collections.ConfigDict(_tuples(json.loads((path / "config.json").read_text())))
+  mesh = _mesh(cfg)
+  nets = system.build(cfg, workdir=str(path), mesh=mesh).nets
+  if name not in nets:
+    raise config.ConfigError(
+      "the run has no such network", key="trees", value=name, fix=f"one of {', '.join(nets) or '(none)'}"
+    )
+  net, prefix = nets[name], f"trees/{name}/"
+  shapes = {prefix + k: v for k, v in states.param_paths(net.abstract_params()).items()}
+  with rules.use_mesh(mesh):
+    places = rules.sharding_tree(mesh, net.logical_axes(), net.abstract_params())
+    where = {prefix + k: v for k, v in states.param_paths(places).items()}
+    values, _, _ = initialisation.open_folder(str(path)).read(None, lambda leaf, _: where.get(leaf))
+  missing = [n for n in shapes if n not in values or values[n].shape != shapes[n].shape]
+  if missing:
+    raise config.ConfigError(
+      f"the checkpoint does not hold the network: {missing[0]} and {len(missing) - 1} more are missing or of "
+      "another shape", key=f"trees.{name}", fix="use the config of the run itself",
+    )  # fmt: skip
+  tree = jax.tree.structure(net.abstract_params())
+  return net, jax.tree.unflatten(tree, [values[n] for n in shapes])
+
+
 def _trees(cfg, path, step, mesh, shapes, axes):
   """The parameters to evaluate: the average where one is kept, and schedule-free's from its state."""
   ema = bool(cfg.train.get("ema"))
@@ -153,8 +185,11 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
   return _SAMPLERS[key][1]
 
 
-def _drafting(workdir: str) -> tuple[Sampler, Any]:
-  """A run that drafts for another one: its plain sampler and its parameters."""
+def _drafting(workdir: str, tree: str = "") -> tuple[Any, Any]:
+  """A run that helps another one: its plain sampler and its parameters, or a network beside its model
+  (`trees.<tree>`) and that one's parameters."""
+  if tree:
+    return load_network(workdir, tree)
   run = load_run(workdir)
   return sampler_of(run.parts, run.step, {}), run.trees["model"]
 

@@ -3,8 +3,7 @@
 A config's `trees.<name>` names a kind and its fields; `network(model)` gives an object with the
 functions of a Model: init, abstract_params, logical_axes, apply.
 
-Legend: B rows · M positions · S slots · D width of the model (documents of a row in `EnergyNet`) · W hidden
-units · C classes.
+Legend: B rows · M positions · S slots · D width of the model · W hidden units · C classes · K documents of a row.
 """
 
 from __future__ import annotations
@@ -123,11 +122,11 @@ class EnergyNet:
   def apply(
     self, params, inputs: Inputs, candidate: jax.Array, documents: int, *, key=None
   ) -> tuple[jax.Array, Outputs]:
-    """(float32[B, D] energies, 0 where there is no document; the trunk's Outputs).
+    """(float32[B, K] energies, 0 where there is no document; the trunk's Outputs).
 
     Args:
       inputs: of the denoiser: what is shown. candidate: int32[B, S], a token for each slot.
-      documents: D, the most of a row.
+      documents: K, the most of a row.
     """
     B, S = inputs.doc.shape
     there = inputs.doc >= 0

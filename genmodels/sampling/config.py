@@ -116,7 +116,7 @@ class SamplerConfig:
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
     draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
     verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
-    energy: which of several drafts of the whole text is taken: a section with a `kind` of energy.REGISTRY; "" is
+    energy: which of several drafts of a whole text is taken: a section with a `kind` of energy.REGISTRY; "":
       none.
 
   `quota="threshold"` and `guidance=1.5` are short for sections with nothing but a kind, or a scale.

@@ -244,7 +244,7 @@ def build(sampler: Sampler, energy: Energy, load: Callable | None = None) -> Ene
 
   kind = getattr(sampler.quota, "_config_kind", type(sampler.quota).__name__)
   law(
-    not (sampler.whole and sampler.denoises), "a candidate is a whole text; this sampler decodes block by block",
+    not (sampler.whole and sampler.denoises), "a candidate is a whole text, this sampler decodes blocks",
     "energy", type(energy).__name__, "a run of language/mdlm or llada",
   )  # fmt: skip
   law(

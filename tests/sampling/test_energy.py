@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import models, sampling
+from genmodels import config, models, sampling, system
+from genmodels import state as states
+from genmodels.checkpoint import manager as checkpoints
 from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, token_row
 from genmodels.objectives import Nets, Objective
+from genmodels.sampling.run import load_network
 from tests.sampling import systems as S
 
 V, L = 3, 3  # tokens 0 … 2, the mask is 3; a given first token and three that are asked for
@@ -21,7 +24,16 @@ KEY = jax.random.key(0)
 
 def build(vocab, **kw):
   return models.build(
-    {"width": 8, "layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp": 8, "vocab": vocab, "init_std": 0.6, **kw}
+    {
+      "width": 8,
+      "layers": 1,
+      "num_heads": 2,
+      "num_kv_heads": 1,
+      "mlp": 8,
+      "vocab": vocab,
+      "init_std": 0.6,
+      **kw,
+    }
   )
 
 
@@ -90,8 +102,7 @@ def test_more_candidates_are_nearer_to_the_joint():
   p = joint()
   assert p.sum() == pytest.approx(1, abs=1e-5)
   far, near, nearest = (distance(law(sampler(size=k)), p) for k in (1, 8, 128))
-  noise = distance(np.random.default_rng(0).multinomial(4096, p) / 4096, p)
-  assert far > 0.3 and near < 0.6 * far and nearest < 0.4 * near + noise and nearest < 0.06, (far, near, nearest)
+  assert far > 0.4 and near < 0.6 * far and nearest < 0.06, (far, near, nearest)
 
 
 @pytest.mark.slow
@@ -105,12 +116,10 @@ def test_one_candidate_is_the_denoiser():
     np.testing.assert_array_equal(same.tokens, plain.tokens)
     np.testing.assert_array_equal(same.committed_at, plain.committed_at)
     assert int(same.forwards) == int(plain.forwards)
-  whole = of(size=4)
-  assert (np.asarray(whole.tokens) != np.asarray(plain.tokens)).any()
-  assert int(whole.forwards) == int(plain.forwards) * 5  # one of the denoiser, four of the energy
-  # The window has a first and a last step: t = 1, 2/3, 1/3.
-  first = of(size=4, stop=0.7)
-  assert int(first.forwards) == int(plain.forwards) + 4
+  early = of(size=4, stop=0.5)
+  assert (np.asarray(early.tokens) != np.asarray(plain.tokens)).any()
+  # Steps are at t = 1, 2/3, 1/3; at two of them the energy looks at four candidates.
+  assert int(early.forwards) == int(plain.forwards) + 8
 
 
 @pytest.mark.slow
@@ -120,6 +129,25 @@ def test_a_fresh_network_leaves_the_law():
   fresh = law(sampler(1, kind="nce", size=4))
   noise = distance(*np.random.default_rng(0).multinomial(4096, plain, 2) / 4096)
   assert distance(plain, fresh) < 2 * noise + 0.01 and (plain != fresh).any()
+
+
+@pytest.mark.slow
+def test_a_network_comes_from_its_run(tmp_path):
+  """The tree beside the model is read, and nothing else; E of what was saved is E of what is loaded."""
+  cfg = config.load("language/edlm:tiny", ["data.documents=40", "model.layers=1"])
+  parts = system.build(cfg, workdir=str(tmp_path))
+  saved = jax.jit(parts.nets["energy"].init)(jax.random.key(2))
+  config.write_json(tmp_path / "config.json", config.plain(cfg))
+  saver = checkpoints.Manager(tmp_path / "checkpoints")
+  saver.save(3, states.create({"model": jnp.zeros(3), "energy": saved}, {}))
+  saver.close()
+  net, loaded = load_network(tmp_path, "energy")
+  jax.tree.map(np.testing.assert_array_equal, loaded, saved)
+  assert net.model.cfg.channels == ("tokens", "shown")
+  with pytest.raises(ConfigError, match="no such network"):
+    load_network(tmp_path, "policy")
+  with pytest.raises(FileNotFoundError, match="config.json"):
+    load_network(tmp_path / "nowhere", "energy")
 
 
 def test_refusals():

@@ -108,6 +108,17 @@ def geometric_context(doc: Array, shown: Array, p: float) -> Array:
   return 0.5 * (before(doc, shown) + flip(before(flip(doc), flip(shown))))
 
 
+def repeats(doc: Array, tokens: Array) -> Array:
+  """How often each token occurs in its document, itself included: int32[B, N], of int32[B, N] both."""
+  n = jnp.broadcast_to(coordinates(doc), doc.shape)
+  doc, tokens, n = jax.lax.sort((doc, tokens, n), num_keys=2)
+  same = (doc[:, 1:] == doc[:, :-1]) & (tokens[:, 1:] == tokens[:, :-1])
+  run = jnp.cumsum(jnp.pad(~same, ((0, 0), (1, 0))).astype(jnp.int32), axis=1)
+  lo, hi = doc_bounds(run)
+  _, count = jax.lax.sort((n, hi - lo), num_keys=1)
+  return count
+
+
 def per_doc(row_doc: Array, value: Array, capacity: int) -> Array:
   """Sums `value` [B, N] per document: [B, capacity]; padding is left out."""
 

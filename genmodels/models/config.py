@@ -307,6 +307,8 @@ class TrunkConfig:
       time; attention_safe: operands through shared memory on GPUs with an old ptxas. See docs/models.md.
     context: how attention runs over a context mesh axis: "gather" the keys, or pass them round in a "ring".
     lora: adapters or None.
+    anchor: layers of a network before this one on the same embeddings, whose head "anchor" predicts tokens; a
+      matrix, 0 at first, of the mean embedding under its prediction is added to this one's input (ADLM).
   """
 
   width: int
@@ -354,6 +356,7 @@ class TrunkConfig:
   attention_safe: bool = False
   context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
+  anchor: int = 0
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -428,8 +431,25 @@ class TrunkConfig:
       )
     if mixed and (sites := sorted({"gate", "up", "down"} & set(self.bias))):
       raise ValueError(f"bias={self.bias}: experts have no biases; leave out {', '.join(sites)}")
+    head = dict(self.heads).get("anchor")
+    whole = head is not None and (head.kind, head.size) == ("categorical", None)
+    if self.anchor < 0 or bool(self.anchor) != whole and (self.anchor or head is not None):
+      raise ValueError(
+        f"anchor={self.anchor} with heads {[n for n, _ in self.heads]}: its layers and a categorical head "
+        "'anchor' over the vocabulary need each other"
+      )
+    if self.anchor and (self.moe or self.features or self.adaln != "none"):
+      raise ValueError(f"anchor={self.anchor}: for dense, unconditioned models of tokens")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout={self.dropout} is outside of [0, 1)")
+
+  @property
+  def anchored(self) -> TrunkConfig:
+    """The configuration of the anchor's layers: those of the first segment's kind."""
+    kind = self.segments[0].pattern
+    return dataclasses.replace(
+      self, segments=segments(self.anchor, kind), heads=(("text", Head()),), lora=None, anchor=0
+    )
 
   @property
   def channels(self) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 A config's `trees.<name>` names a kind and its fields; `network(model)` gives an object with the
 functions of a Model: init, abstract_params, logical_axes, apply.
 
-Legend: B rows · M positions · S slots · D width of the model · W hidden units · C classes · K documents of a row.
+Legend: B rows · M positions · S slots · D width of the model · W hidden units · C classes · K documents of a
+row.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Heads(nn.Module):
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, hidden, tables, targets: dict[str, Target], taps=None, pos=None):
+  def __call__(self, hidden, tables, targets: dict[str, Target], taps=None, pos=None, anchor=None):
     cfg = self.cfg
     made = {}
     for name, head in cfg.heads:
@@ -208,6 +208,7 @@ class Heads(nn.Module):
     for term, target in targets.items():
       head = cfg.head(target.head)
       states = made[target.head](taps, pos, target.given, tables) if head.kind == "block" else hidden
+      states = anchor if target.head == "anchor" and anchor is not None else states
       h, valid = heads.read(states, target)
       if head.kind == "flow":
         dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
@@ -254,6 +255,9 @@ class Trunk(nn.Module):
     x = constrain(self._embed(inputs, tables).astype(dtype), ("batch", "seq", "act_embed"))
     ctx, work = self._context(inputs, tables, cache)
     x = dropout(self, x)
+    out, anchor = Heads(cfg, name="heads"), None
+    if cfg.anchor:
+      x, anchor = self._anchor(inputs, x, tables, ctx, out, cache)
     tapped = None
     if (
       self.is_initializing()
@@ -270,13 +274,29 @@ class Trunk(nn.Module):
       mod = Linear(cfg, "bec,cnd->bend", shape, axes, True, 0.0, name="final_mod")(ctx["cond"])
       scale, shift = modulation(mod, ctx["cond_index"], (0, 0))
       x = x * (1 + scale) + shift
-    dists = Heads(cfg, name="heads")(x, tables, targets, taps, inputs.pos)
+    dists = out(x, tables, targets, taps, inputs.pos, anchor)
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = {"code": code, "layers": new}
     layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
     layers |= {} if taps is None else {"taps": taps}
     return Outputs(dists, new, work, layers)
+
+  def _anchor(self, inputs: Inputs, x, tables, ctx, out, cache):
+    """x with the anchor's mean embeddings added, and the anchor's final states."""
+    cfg, (B, S, D) = self.cfg, x.shape
+    if cache is not None:
+      raise ValueError("a model with an anchor has no cache: both its networks see the whole text")
+    (y, _), _, _ = Stack(cfg.anchored, name="anchor")((x, None), None, ctx)
+    y = trunk_norm(cfg, "anchor_norm")(y)
+    add = Linear(cfg, "bsi,io->bso", (D, D), ("embed", "mlp"), False, 0.0, name="anchor_in")
+    if self.is_initializing():
+      return x + add(jnp.zeros_like(x)), y
+    there = inputs.doc >= 0
+    slot = jnp.where(there, jnp.arange(S, dtype=jnp.int32), -1)
+    every = Target("anchor", slot, jnp.zeros((B, S), jnp.int32), there.astype(jnp.float32))
+    mean = out(y, tables, {"anchor": every})["anchor"].expected(tables["tokens"]) * cfg.embed_scale
+    return x + add(mean.astype(x.dtype)), y
 
   def _embed(self, inputs: Inputs, tables):
     cfg = self.cfg

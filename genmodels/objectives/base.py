@@ -499,7 +499,8 @@ def _built(registry, section, where):
 
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
-  from genmodels.objectives.distill import BlockDistill  # here: they import this module
+  from genmodels.objectives.anchor import Anchored  # here: they import this module
+  from genmodels.objectives.distill import BlockDistill
   from genmodels.objectives.drafts import BlockDraft, MultiToken
   from genmodels.objectives.energy import EnergyNCE
   from genmodels.objectives.esoteric import Esoteric
@@ -516,6 +517,7 @@ def registry() -> dict[str, type]:
     "multi_token": MultiToken,
     "block_draft": BlockDraft,
     "block_policy": BlockPolicy,
+    "anchored": Anchored,
     "energy_nce": EnergyNCE,
     "esoteric": Esoteric,
     "next_token_image": NextTokenImage,

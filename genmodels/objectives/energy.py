@@ -28,7 +28,7 @@ class EnergyNCE(Objective):
   """The composed objective with an energy as a second player.
 
   The term of the energy's name is its loss, a mean over the documents with a masked token; it has a scale and
-  nothing else that counts. No gradient of it reaches the denoiser, and none of the denoiser's terms the energy.
+  nothing else that counts. None of its gradient reaches the denoiser, none of the denoiser's the energy.
 
   Fields:
     energy: name of the network (section `trees`, kind "energy"), of its player and of its term.

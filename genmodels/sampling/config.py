@@ -254,6 +254,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   if whole:
     found = dataclasses.replace(found, stored="")
   policy = cache.resolve(cfg.cache, found)
+  if getattr(model.cfg, "anchor", 0) and policy.stores:
+    raise ConfigError(
+      "a model with an anchor keeps no keys and values: both its networks see the whole text",
+      key="sampler.cache", value=policy.name, fix="sampler.cache='none', or model.anchor=0",
+    )  # fmt: skip
   if policy.partial is not None and (single or not denoises):
     raise ConfigError(
       "each step computes its unit for the first time, so there is nothing to read inside it",

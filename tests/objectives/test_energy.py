@@ -15,8 +15,8 @@ from genmodels.objectives.energy import EnergyNCE, nce
 from tests.objectives.test_text import KEY, MASK, diffusion, nets, rows, trunk
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _parameters():
+@pytest.fixture(scope="module")
+def parameters():
   trunk()
   energy()
 
@@ -63,7 +63,9 @@ def run():
   return go
 
 
-def test_the_denoiser_is_mdlm_bit_by_bit():
+@pytest.mark.slow
+@pytest.mark.strict
+def test_the_denoiser_is_mdlm_bit_by_bit(parameters):
   row, plain, obj = rows((13, 6), B=2), diffusion(), objective()
   want = jax.jit(lambda: plain.run(nets(), row, KEY, 3))()
   got = jax.jit(lambda: obj.run(both(player="model"), row, KEY, 3))()
@@ -73,7 +75,8 @@ def test_the_denoiser_is_mdlm_bit_by_bit():
   assert float(denominators["energy"]) == 4 and laws.check(obj) == []
 
 
-def test_a_fresh_energy_prefers_nothing():
+@pytest.mark.slow
+def test_a_fresh_energy_prefers_nothing(parameters):
   row, (_, fresh, loud) = rows((13, 6), B=2), energy()
   (loss, (_, ratios)), (to_denoiser, to_energy) = run()(trunk()[1], fresh, row)
   assert float(loss) == pytest.approx(2 * np.log(2), abs=1e-6) and float(ratios["real"][0]) == 0
@@ -85,7 +88,8 @@ def test_a_fresh_energy_prefers_nothing():
   assert size(to_energy["embed"]["shown"]) > 1e-5 and size(to_energy["embed"]["tokens"]) > 1e-5
 
 
-def test_an_energy_is_of_its_document():
+@pytest.mark.slow
+def test_an_energy_is_of_its_document(parameters):
   """What is packed beside a document, and padding, change nothing of its energy; the candidate does."""
   obj, (net, _, loud) = objective(), energy()
 
@@ -102,7 +106,8 @@ def test_an_energy_is_of_its_document():
   assert abs(float(got[0, 1] - want[0, 1])) > 1e-3
 
 
-def test_negatives_differ_where_tokens_are_masked():
+@pytest.mark.slow
+def test_negatives_differ_where_tokens_are_masked(parameters):
   obj, row = objective(), rows((13, 6), B=2)
 
   @jax.jit

@@ -4,9 +4,9 @@
 
 The anchor's mean embedding, through a matrix that starts at 0, is added to the denoiser's input; its
 cross-entropy on tokens that occur at most 5 times in their document counts γ = 3e-3. Trunk, data and
-optimiser are MDLM's. Unverified: γ, how tokens are chosen, that depth is shared half and half (6 + 6 layers), where the
-soft output enters, and that both networks read one table of embeddings. Reported likelihoods are the
-denoiser's bound. `--sampler samplers/remdm` is the paper's second sampler.
+optimiser are MDLM's. Unverified: γ, how tokens are chosen, that depth is shared half and half (6 + 6 layers),
+where the soft output enters, and that both networks read one table of embeddings. Reported likelihoods are
+the denoiser's bound. `--sampler samplers/remdm` is the paper's second sampler.
 """
 
 from genmodels import sections

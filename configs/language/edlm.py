@@ -4,11 +4,11 @@
 
 A masked denoiser predicts tokens apart from each other; the energy, a second trunk over what is shown and a
 candidate for the whole text, weighs its drafts (`--sampler samplers/edlm:nce`). The denoiser stands still:
-start it from a trained MDLM with `--from`. Its rows are MDLM's, as in the paper; steps and rate of the energy
-are unverified, and so is what it starts from: the authors begin with the denoiser's weights, here it is fresh
-with an output of 0, which is MDLM. The tiny variant has no trained denoiser and trains both at once. Reported
-likelihoods are the denoiser's bound; the energy's own partition function is not estimated. The other form,
-with an autoregressive model as it is, needs no training (`--sampler samplers/edlm`).
+start it from a trained one with `init.kind=workdir init.path=runs/mdlm init.tree=ema`. Its rows are MDLM's, as
+in the paper. Unverified: steps and rate of the energy. The authors start it from the denoiser's weights; here
+it is fresh with an output of 0, which is MDLM. The tiny variant has no trained denoiser and trains both at
+once. Reported likelihoods are the denoiser's bound; the energy's own partition function is not estimated. The
+form with an autoregressive model as it is needs no training (`--sampler samplers/edlm`).
 """
 
 from genmodels import sections

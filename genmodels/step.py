@@ -118,7 +118,7 @@ def bind(
 ) -> Nets:
   """Binds network functions fn(trees, *args) to trees; only the player's own trees let gradients pass.
 
-  Gradients flow through every network to its inputs: a generator is trained through a discriminator that
+  Gradients pass through every network to its inputs: a generator is trained through a discriminator that
   stands still.
 
   Args:

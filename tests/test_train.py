@@ -69,14 +69,19 @@ def overrides_of(name, steps, corpus):
   [pytest.param(n, marks=pytest.mark.slow if n in FAMILIES else pytest.mark.full) for n in config.names()],
 )
 def test_every_system_trains(name, tmp_path, corpus):
-  """30 steps of every tiny variant: finite, and lower at the end than at the start."""
-  more = ("eval.every=30", "eval.documents=8", "train.sample_every=30")
-  status, out, err = run(f"{name}:tiny", tmp_path, *overrides_of(name, 30, corpus), *more)
-  assert status == 0, err
+  """30 steps of every tiny variant: a finite loss that falls, and a likelihood (bound) that does, on held-out
+  documents under the same draws, unless the model that it is of stands still."""
+  more = ("eval.every=30", "eval.documents=8", "train.sample_every=30", "optim.schedule={'kind':'constant'}")
+  for steps in (1, 30):
+    status, out, err = run(f"{name}:tiny", tmp_path, *overrides_of(name, steps, corpus), *more)
+    assert status == 0, err
   curve = losses(tmp_path)
   assert sorted(curve) == list(range(1, 31)) and all(map(math.isfinite, curve.values()))
   assert np.mean([curve[s] for s in range(26, 31)]) < np.mean([curve[s] for s in range(1, 6)])
-  assert math.isfinite(records(tmp_path)[30]["eval/bits_per_token"])
+  before, after = (records(tmp_path)[s]["eval/bits_per_token"] for s in (1, 30))
+  # Drafts for a frozen model, and adapters that imitate a random one, leave its likelihood about where it was.
+  still = bool(config.load(f"{name}:tiny").optim.get("freeze"))
+  assert after < before or (still and after == pytest.approx(before, rel=0.05)), (before, after)
   assert list((tmp_path / "samples").iterdir())
   assert "done: step 30" in out
 

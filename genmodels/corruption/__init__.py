@@ -28,7 +28,7 @@ REGISTRY = {
   "subset": Subset,
   "hybrid": Hybrid,
   "delete": Delete,
-  "step": Step,
+  "order_step": Step,
   "uniform": Uniform,
   "groups": Groups,
 }

@@ -41,7 +41,7 @@ class Marginal(Objective):
     conditional, consistency: names of the two terms; the head of the second has one class, whose logit is f.
   """
 
-  corruption: dict = dataclasses.field(default_factory=lambda: {"kind": "step"})
+  corruption: dict = dataclasses.field(default_factory=lambda: {"kind": "order_step"})
   layout: dict = dataclasses.field(default_factory=lambda: {"kind": "streams", "streams": ("n", "n1")})
   masks: dict = dataclasses.field(default_factory=lambda: {"full": "full"})
   terms: dict = dataclasses.field(default_factory=_terms)

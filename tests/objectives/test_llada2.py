@@ -99,9 +99,10 @@ def test_whole_documents_need_no_second_stream():
 
 
 def test_a_measure_of_classes_needs_a_head_that_has_some():
-  heads = lambda kind: types.SimpleNamespace(
-    cfg=types.SimpleNamespace(heads=(("text", models.Head(kind=kind, size=4)),), patterns=("full",), vocab=0)
+  trunk = lambda kind: types.SimpleNamespace(
+    heads=(("text", models.Head(kind=kind, size=4)),), patterns=("full",), vocab=0, moe=None, lora=None
   )
+  heads = lambda kind: types.SimpleNamespace(cfg=trunk(kind))
   system._agree(objective("cap"), heads("categorical"))
   with pytest.raises(ConfigError, match="confidence_a.measure = 'entropy_correct': its head has no classes"):
     system._agree(objective("cap"), heads("flow"))

@@ -4,7 +4,7 @@
 
 A masked denoiser predicts tokens apart from each other; the energy, a second trunk over what is shown and a
 candidate for the whole text, weighs its drafts (`--sampler samplers/edlm:nce`). The denoiser stands still:
-start it from a trained one with `init.kind=workdir init.path=runs/mdlm init.tree=ema`. Its rows are MDLM's, as
+start it from one with `init.kind=workdir init.path=runs/mdlm init.tree=ema`. Its rows are MDLM's, as
 in the paper. Unverified: steps and rate of the energy. The authors start it from the denoiser's weights; here
 it is fresh with an output of 0, which is MDLM. The tiny variant has no trained denoiser and trains both at
 once. Reported likelihoods are the denoiser's bound; the energy's own partition function is not estimated. The

@@ -15,7 +15,7 @@ FITS = {
   "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
   "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
 }  # fmt: skip
-NEED_ANOTHER_RUN = {"diffuspec", "edlm", "spectr"}  # draft.path, energy.path
+NEED_ANOTHER_RUN = {"diffuspec": "ar", "edlm": "mdlm", "spectr": "ar"}  # draft.path, energy.path
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_file_fits_its_systems(ref, parts):
 
 @pytest.mark.parametrize("name", sorted(NEED_ANOTHER_RUN))
 def test_drafts_of_another_run_ask_for_it(name, parts):
-  base = parts("ar")
+  base = parts(NEED_ANOTHER_RUN[name])
   section = config.merged(
     config.plain(base.cfg.sampler), config.plain(config.load(f"samplers/{name}").sampler)
   )

@@ -66,6 +66,13 @@ def sum_in(lo: Array, hi: Array, value: Array) -> Array:
   return jnp.take_along_axis(total, hi, 1) - jnp.take_along_axis(total, lo, 1)
 
 
+def first_in_doc(doc_lo: Array, doc_hi: Array, flag: Array) -> Array:
+  """Coordinate of the first flagged token of each token's document (doc_hi if none), int32[B, N]."""
+  N = flag.shape[1]
+  nxt = jax.lax.cummin(jnp.where(flag, coordinates(flag), N), axis=1, reverse=True)
+  return jnp.minimum(jnp.take_along_axis(nxt, doc_lo, 1), doc_hi)
+
+
 def rank_in_unit(unit_lo: Array, score: Array, eligible: Array) -> Array:
   """Rank (0 first) of every token among the eligible tokens of its unit, by ascending score.
 

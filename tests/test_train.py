@@ -347,7 +347,7 @@ def test_short_tile_lists_stop_the_run_and_say_what_to_change(tmp_path, corpus, 
   assert not losses(tmp_path / "a") and not list((tmp_path / "a/checkpoints").glob("[0-9]*"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_lists_with_room_train_as_the_worst_case_does(tmp_path, corpus, one_device):
   """The control: half the worst case is enough, and the numbers are those of plain XLA."""
   settings = (*overrides_of("language/bd3lm", 3, corpus), *BOUNDED)
@@ -360,6 +360,7 @@ def test_lists_with_room_train_as_the_worst_case_does(tmp_path, corpus, one_devi
   np.testing.assert_allclose([a[s] for s in (1, 2, 3)], [b[s] for s in (1, 2, 3)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_noisy_stream_is_noted(tmp_path, corpus, monkeypatch):
   """Laws that warn: D2F's blocks condition on noisy blocks, SDAR's loss is no bound."""
   monkeypatch.setattr(
@@ -373,7 +374,7 @@ def test_one_noisy_stream_is_noted(tmp_path, corpus, monkeypatch):
 # ---- debug
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_debug_names_the_layer_of_a_planted_nan(tmp_path, corpus, monkeypatch):
   """A NaN in one weight of layer 1 is found in that layer's module, with no jit and no scan."""
   jitted, plant = [], train.initialisation.initialise

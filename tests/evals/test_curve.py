@@ -36,7 +36,7 @@ def test_repetition():
   assert curve.repetition([1, 2]) == (0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_verb(tmp_path, capsys):
   small = ["data.documents=60", "data.heldout=0.4", "model.layers=1"]
   workdir(tmp_path / "bd3", "language/bd3lm:tiny", small)

@@ -16,7 +16,7 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_resumed_run_finds_what_the_whole_one_found(tmp_path):
   out = io.StringIO()
   more = (*SMALL, f"data.path={tmp_path / 'python'}")

@@ -290,7 +290,7 @@ def test_the_mesh_changes_nothing(sizes, implementation, compared):
 
 
 @needs_8
-@pytest.mark.slow
+@pytest.mark.full
 def test_gathered_experts_are_not_kept(monkeypatch):
   """Without remat, a layer more keeps activations, and not its experts gathered; their gradients are
   reduce-scattered, which the negative control does too, but it keeps them."""

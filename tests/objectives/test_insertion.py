@@ -169,7 +169,7 @@ def test_loss_by_hand_and_packing():
     lambda row, step: (obj.run(Nets({"model": net}), row, KEY, step), obj.corruption.draw(row, KEY, step))
   )
   seen = set()
-  for step in range(8):
+  for step in range(24):
     (sums, den, aux), noise = run(pack((0, 1)), step)
     assert float(den["insert"]) == float(den["stop"]) == 2
     hit = np.asarray(noise.hit[0, 0])

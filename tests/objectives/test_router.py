@@ -80,6 +80,7 @@ def setup(lambdas, accumulate, B=4):
   return model, jax.jit(fn), state, rows((12, 9), B=B)
 
 
+@pytest.mark.slow
 def test_terms_are_taken_per_micro_batch_and_averaged():
   lambdas = dict(balance=0.5, z=0.1)
   key = jax.random.key(0)

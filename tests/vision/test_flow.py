@@ -73,6 +73,7 @@ def difference(a, b):
   return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))) / size
 
 
+@pytest.mark.slow
 def test_one_step_equals_four_micro_batches():
   digits = system()
   one, metrics = after_one_step(digits, digits.objective, 1)

@@ -57,6 +57,7 @@ def test_raster_takes_one_step_a_pixel():
 
 
 @pytest.mark.parametrize("name", BOTH)
+@pytest.mark.slow
 def test_guidance_ends_at_its_branches(name):
   """s = 1 is one branch, the conditional one; s = 0 draws the null class's tokens from two."""
   digits, plain = plain_sampler(name)

@@ -57,6 +57,7 @@ from genmodels.sampling.state import (
   Selected,
   State,
   at_coordinate,
+  eos_at,
   first_where,
   mean,
   put,
@@ -466,18 +467,13 @@ class Sampler:
 
   def ended(self, row: Row, tokens: Array, committed: Array) -> Array:
     """bool[B]: an EOS is committed and so is everything before it."""
-    return self._eos_at(row, tokens, committed) < first_where(~committed)
-
-  def _eos_at(self, row, tokens, committed):
-    if self.cfg.eos < 0:
-      return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    return first_where((tokens == self.cfg.eos) & committed & eligible(row))
+    return eos_at(self.cfg.eos, row, tokens, committed) < first_where(~committed)
 
   def result(self, row: Row, s: State) -> Result:
     """What a state has generated so far."""
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     open_at = first_where(~s.committed)
-    eos = self._eos_at(row, s.tokens, s.committed)
+    eos = eos_at(self.cfg.eos, row, s.tokens, s.committed)
     lengths = jnp.where(eos < open_at, eos + 1, jnp.minimum(open_at, total))
     for rule in self.stops:
       lengths = rule.lengths(s, lengths)

@@ -25,7 +25,7 @@ from genmodels.corruption.base import eligible
 from genmodels.masks.relations import parse
 from genmodels.models import write_cache
 from genmodels.sampling import cache, draw
-from genmodels.sampling.state import Result, at_coordinate, calls_of, first_where
+from genmodels.sampling.state import Result, at_coordinate, calls_of, eos_at, first_where
 
 
 @pytree()
@@ -182,20 +182,16 @@ class OrderedSampler:
       at=put(s.at, s.step),
       fresh=use.sum(1, dtype=jnp.int32),
       cache=kept,
-      done=s.done | committed.all(1) | (self.eos_at(row, tokens, committed) < first_where(~committed)),
+      done=s.done
+      | committed.all(1)
+      | (eos_at(self.cfg.eos, row, tokens, committed) < first_where(~committed)),
       step=s.step + 1,
       forwards=s.forwards + 1,
     )
 
-  def eos_at(self, row: Row, tokens: Array, committed: Array) -> Array:
-    """int32[B]: the first EOS that was generated, N if none."""
-    if self.cfg.eos < 0:
-      return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    return first_where((tokens == self.cfg.eos) & committed & eligible(row))
-
   def result(self, row: Row, s: State) -> Result:
     """What a state has generated so far."""
-    open_at, eos = first_where(~s.committed), self.eos_at(row, s.tokens, s.committed)
+    open_at, eos = first_where(~s.committed), eos_at(self.cfg.eos, row, s.tokens, s.committed)
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     lengths = jnp.where(eos < open_at, eos + 1, jnp.minimum(open_at, total))
     zero = jnp.zeros(s.tokens.shape, jnp.float32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genmodels.contracts import CONTEXT, TEXT, Array, Documents, Noise, Row, pytree
+from genmodels.corruption.base import eligible
 
 KINDS = ("prefill", "denoise", "write")  # forwards: of prompts, over noisy slots, only to fill the cache
 
@@ -160,6 +161,13 @@ def calls_of(committed_at: Array, prefill: int = 0) -> dict[str, Array]:
   """`Result.calls` of a decoder in which a row takes part in every forward up to its last commit."""
   rows_ = jnp.ones(committed_at.shape[:1], jnp.int32)
   return {"prefill": prefill * rows_, "denoise": committed_at.max(1) + 1, "write": 0 * rows_}
+
+
+def eos_at(eos: int, row: Row, tokens: Array, committed: Array) -> Array:
+  """int32[B]: coordinate of the first EOS that was generated, N if none; `eos` below 0 is none."""
+  if eos < 0:
+    return jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+  return first_where((tokens == eos) & committed & eligible(row))
 
 
 def at_coordinate(x: Array, at: Array) -> Array:

@@ -22,6 +22,7 @@ from genmodels.sampling import (
   drafting,
   draw,
   energy,
+  guide,
   insertion,
   laws,
   mix,
@@ -108,7 +109,8 @@ class SamplerConfig:
       Steps of a quota are per sub-block.
     block: block size to decode with; 0 is the trained one, anything else warns.
     cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
-      inside the front unit: prefix, dual, vicinity, free, delayed, logit_selective (see partial.py).
+      inside the front unit: prefix, dual, vicinity, free, delayed, delayed_greedy,
+      logit_selective (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
@@ -116,6 +118,7 @@ class SamplerConfig:
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
     draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
     verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
+    guide: an autoregressive run that decides what is committed: guide.Guide, or a path; "": none.
     energy: which of several drafts of a whole text is taken: a section with a `kind` of energy.REGISTRY; "":
       none.
 
@@ -142,6 +145,7 @@ class SamplerConfig:
   length: int = 0
   draft: Any = ""
   verify: Any = "auto"
+  guide: Any = ""
   energy: Any = ""
 
   def __post_init__(self):
@@ -164,6 +168,8 @@ class SamplerConfig:
       put("draft", drafting.drafter(self.draft))
     if self.verify != "auto":
       put("verify", drafting.rule(self.verify))
+    if self.guide:
+      put("guide", guide.section(self.guide))
     if self.energy:
       put("energy", energy.section(self.energy))
     if self.temperature < 0:
@@ -327,6 +333,13 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   check(sampler)
   if policy.partial is not None:
     sampler = laws.judged(sampler)
+  if cfg.guide and cfg.energy:
+    raise ConfigError(
+      "an energy takes whole texts, a guide single tokens", key="sampler.guide", value=cfg.guide.path,
+      fix="one of them",
+    )  # fmt: skip
+  if cfg.guide:
+    sampler = guide.build(sampler, cfg.guide, load)
   if cfg.energy:
     sampler = energy.build(sampler, cfg.energy, load)
   return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler
@@ -394,6 +407,19 @@ def check(sampler: Sampler) -> None:
     raise ConfigError(
       "what a step may read is said of one unit at a time", key="sampler.cache", value=sampler.policy.name,
       fix="active='units', or cache='auto', which is exact",
+    )  # fmt: skip
+  if sampler.policy.partial is not None and sampler.policy.partial.foresees:
+    law(
+      not q.timed and cfg.score.kind != "random", "the cache computes what a step is going to commit: known "
+      "before the predictions only where the order is random", "score", "score='random'",
+    )  # fmt: skip
+    law(
+      cfg.score.eos != 1, "which token is an EOS is not known before the predictions", "score", "score.eos=1"
+    )
+    law(
+      bool(sampler.choice.extras) or sampler.choice.top > 0,
+      "the cache computes what a step is going to commit, and these rules decide that by the predictions",
+      "stop" if cfg.stop else "mix", "stop=() and mix='mask'",
     )  # fmt: skip
   if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
     warnings.warn(

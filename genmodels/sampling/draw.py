@@ -206,7 +206,7 @@ class Choice:
 
   def _score(self, token, logp, k0, k1):
     if self.score == "random":
-      return rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0])
+      return random_score(k0, k1)
     if self.score == "margin":
       two = jnp.exp(jax.lax.top_k(logp, 2)[0])
       return two[..., 0] - two[..., 1]
@@ -227,6 +227,11 @@ class Choice:
     if "spread" in self.extras:
       out["spread"] = _entropy(logp) / math.log(logp.shape[-1])
     return out
+
+
+def random_score(k0: Array, k1: Array) -> Array:
+  """float32[…] uniforms of keys uint32[…]: the score of kind "random", which knows no prediction."""
+  return rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0])
 
 
 def _entropy(logp: Array) -> Array:

@@ -325,28 +325,41 @@ class Sampler:
     ordinal, total = block_ordinals(a.row, self.active.units(self, a.row, a.noise)[0])
     return at_coordinate(ordinal, a.lo) / jnp.maximum(at_coordinate(total, a.lo) - 1, 1)
 
-  def logits(self, params, row: Row, s: State) -> tuple[Array, Ask]:
-    """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection."""
+  def logits(self, params, row: Row, s: State, key: Array | None = None) -> tuple[Array, Ask]:
+    """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection.
+
+    Args:
+      key: of the run; for caches that compute what a step is going to commit."""
     a = self.ask(row, s)
     if self.policy.partial is None:
       return self.predict(params, a, s, self.choice.logits, ())[0], a
-    out, now, *_ = partial.predict(self, params, a, s, self.choice.logits, ())
+    out, now, *_ = partial.predict(self, params, a, s, key, self.choice.logits, ())
     return out, a.replace(can=now)
 
-  def forward(self, params, row: Row, s: State, a: Ask, key: Array):
-    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
-    remembered of the cache: `partial.memory`)."""
+  def keys(self, s: State, a: Ask, key: Array) -> tuple[Array, Array]:
+    """Two uint32[B, M], of the draws of the asked tokens."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
     # What was opened again, or begun anew, counts as more than any number of tokens.
     again = [s.memory[name]["tries"] for name in ("remask", "entropy_floor") if name in s.memory]
-    changes = s.committed.sum(1) + (row.doc.shape[1] + 1) * sum(again)
-    xs = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, changes), a.at)
+    changes = s.committed.sum(1) + (a.row.doc.shape[1] + 1) * sum(again)
+    return draw.token_keys(draw.row_keys(a.row, key, draw.TOKEN, changes), a.at)
+
+  def foreseen(self, s: State, a: Ask, key: Array) -> Array:
+    """bool[B, M]: what this step commits, where that does not depend on what it predicts."""
+    score = draw.random_score(*self.keys(s, a, key))
+    picked = self.choice.nothing(*a.at.shape).replace(score=score)
+    return self.select(a.row, s, a, picked, key).commit
+
+  def forward(self, params, row: Row, s: State, a: Ask, key: Array):
+    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
+    remembered of the cache: `partial.memory`)."""
+    xs = self.keys(s, a, key)
     if "kl" in self.choice.extras:
       xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
 
     if self.policy.partial is not None:
-      picked, caches, kept = partial.forward(self, params, s, a, xs)
+      picked, caches, kept = partial.forward(self, params, s, a, key, xs)
       return picked, caches, jnp.int32(self.branches), kept
 
     def run():

@@ -3,7 +3,8 @@
 The entries of a unit are addressed by coordinate. A call hides the entries of the slots that it computes and
 *replaces* them afterwards; all others stay visible, whatever has been committed since. So a policy is one
 function, `recompute`: which slots of the unit a step computes. Those that predict a token that may be
-committed now always are (but under `keeps`, where their last prediction stands).
+committed now always are, but under `keeps`, where their last prediction stands, and under `foresees`, where
+those are that will be committed.
 
 Which of these are exact depends on who sees whom, not on their names: `laws.exact` finds out.
 
@@ -26,6 +27,7 @@ from genmodels.contracts import Array, pytree
 from genmodels.corruption.base import eligible
 from genmodels.masks import CODE_HIDDEN
 from genmodels.models import relabel_cache, write_cache
+from genmodels.sampling import draw
 from genmodels.sampling.state import at_coordinate, first_where
 
 LONG_AGO = 2**30
@@ -44,6 +46,7 @@ class Look:
     first: bool[B], nothing of this unit has been computed; fresh: the window is a new one.
     k: int32[B], steps in this window; step: int32 scalar, steps in all.
     bound: the most steps that the quota takes for a window (static).
+    chosen: bool[B, A], slots whose prediction is committed in this step; None unless the policy `foresees`.
   """
 
   at: Array
@@ -60,6 +63,7 @@ class Look:
   k: Array
   step: Array
   bound: int
+  chosen: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Partial:
   exact: bool = False
 
   keeps = False  # predictions of slots that were not computed stay candidates
+  foresees = False  # what a step commits is known before its predictions, and is all that has to be computed
 
   def __post_init__(self):
     if self.refresh < 0 or self.widths < 1:
@@ -180,6 +185,52 @@ class Delayed(Partial):
 
 
 @dataclasses.dataclass(frozen=True)
+class Greedy(Delayed):
+  """Computed are the tokens that this step commits, those that the last step committed, and a few open ones
+  around the former; all others are read (dKV-Cache-Greedy, 2505.15781: refresh 2, window 4). A step computes
+  a constant number of slots, a generation O(N²) pairs in place of O(N³).
+
+  What a step commits has to be known before the forward pass, as it is where the order is random. Windows
+  that overlap are not made longer, as the released code does; they end at the last open token.
+
+  Fields:
+    window: open tokens around each token that is committed, half of them on either side.
+  """
+
+  refresh: int = 2
+  window: int = 4
+
+  foresees = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.window < 0:
+      raise ValueError(f"window is {self.window}; a number of tokens, at least 0")
+
+  def due(self, look):
+    return Partial.due(self, look)
+
+  def recompute(self, look):
+    rank = jnp.cumsum(look.open, 1)  # of an open slot among them: 1, 2, …
+    B, A = rank.shape
+    # [first, behind) of each window, marked at its ends among the ranks, and counted.
+    edge = jnp.zeros((B, A + 2), jnp.int32)
+    put = lambda x, at, by: x.at[jnp.arange(B)[:, None], jnp.clip(at, 0, A + 1)].add(by)
+    on = look.chosen.astype(jnp.int32)
+    edge = put(edge, rank - (self.window + 1) // 2, on)
+    edge = put(edge, rank + self.window // 2 + 1, -on)
+    inside = jnp.take_along_axis(jnp.cumsum(edge, 1), rank, 1) > 0
+    return self.due(look)[:, None] | look.chosen | (look.since <= 1) | (look.open & inside)
+
+  def ladder(self, A, window):
+    del window
+    return super().ladder(A, min(2 + self.window, A))
+
+  def small(self):
+    return dataclasses.replace(super().small(), window=min(self.window, 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class LogitSelective(Partial):
   """The `ratio` of a unit's tokens with the largest logits is read, and their last prediction stands (the
   max-logit cache of Lumina-DiMOO, 2510.06308). Given and committed tokens count as the surest ones.
@@ -224,6 +275,7 @@ REGISTRY = {
   "vicinity": Vicinity,
   "free": Free,
   "delayed": Delayed,
+  "delayed_greedy": Greedy,
   "logit_selective": LogitSelective,
 }
 
@@ -258,8 +310,8 @@ def memory(sampler, row, prefill: int):
   return out
 
 
-def look(sampler, a, s) -> Look:
-  """A policy's view of a call over the whole unit."""
+def look(sampler, a, s, key) -> Look:
+  """A policy's view of a call over the whole unit. The key is that of the run, for what `foresees`."""
   at, use = a.only[..., 1], a.only[..., 1] >= 0
   B, A = at.shape
   N = s.tokens.shape[1]
@@ -268,7 +320,7 @@ def look(sampler, a, s) -> Look:
   open_ = use & ~at_coordinate(s.committed, safe)
   rows_ = jnp.arange(B)[:, None]
   slot = jnp.where(a.can & a.under, a.slot, A)
-  need = jnp.zeros((B, A), bool).at[rows_, slot].set(True, mode="drop")
+  slots = lambda flag: jnp.zeros((B, A), bool).at[rows_, jnp.where(flag, a.slot, A)].set(True, mode="drop")
   sure = jnp.where(open_, -jnp.inf, jnp.inf)
   if sampler.policy.partial.keeps:
     sure = sure.at[rows_, slot].set(s.memory["cache"]["sure"], mode="drop")
@@ -281,7 +333,7 @@ def look(sampler, a, s) -> Look:
     use=use,
     open=open_,
     since=jnp.where(open_ | (done_at < 0), LONG_AGO, s.step - done_at),
-    need=need,
+    need=slots(a.can & a.under),
     sure=sure,
     lo=lo,
     hi=hi,
@@ -291,26 +343,29 @@ def look(sampler, a, s) -> Look:
     k=jnp.where(a.fresh, 0, s.k),
     step=s.step,
     bound=sampler.quota.bound(max(min(window, N), 1)),
+    chosen=slots(sampler.foreseen(s, a, key)) if sampler.policy.partial.foresees else None,
   )
 
 
-def select(sampler, a, s) -> Array:
+def select(sampler, a, s, key) -> Array:
   """bool[B, A]: the slots of a call that are computed; all of those that enter an exact cache."""
-  view, policy = look(sampler, a, s), sampler.policy.partial
+  view, policy = look(sampler, a, s, key), sampler.policy.partial
   chosen = policy.recompute(view)
-  if not policy.keeps:
+  if policy.foresees:
+    chosen |= view.chosen
+  elif not policy.keeps:
     chosen |= view.need
   return view.use & (chosen | ~a.denoise[:, None])
 
 
-def predict(sampler, params, a, s, fn, xs):
+def predict(sampler, params, a, s, key, fn, xs):
   """`Sampler.predict` over the slots that the policy computes.
 
   Returns:
     fn's pytree of [B, M, …]; bool[B, M], tokens that were predicted now; the caches with this call's entries;
     int32, the width of the call; int32[B], slots computed.
   """
-  chosen = select(sampler, a, s)
+  chosen = select(sampler, a, s, key)
   N = s.tokens.shape[1]
   base = sampler.stream if sampler.store is None else sampler.store
   stream, at = a.only[..., 0], a.only[..., 1]
@@ -372,7 +427,7 @@ def counted(sampler, s, a, ran=True):
   }
 
 
-def forward(sampler, params, s, a, xs):
+def forward(sampler, params, s, a, key, xs):
   """(draw.Picked of the asked tokens, caches, memory) of one step; see `Sampler.forward`."""
   kept = s.memory["cache"]
   if sampler.policy.partial.keeps:
@@ -380,12 +435,14 @@ def forward(sampler, params, s, a, xs):
     def fn(logits, *xs):
       return sampler.choice(logits, *xs), sampler.choice.logits(logits).max(-1)
 
-    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, fn, xs)
+    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, key, fn, xs)
     stay = lambda new, old: jnp.where(now.reshape(*now.shape, *[1] * (new.ndim - 2)), new, old)
     picked = jax.tree.map(stay, picked, kept["picked"])
     kept = kept | {"picked": picked, "sure": stay(sure, kept["sure"])}
   else:
-    picked, _, caches, width, count = predict(sampler, params, a, s, sampler.choice, xs)
+    picked, _, caches, width, count = predict(sampler, params, a, s, key, sampler.choice, xs)
+    if sampler.policy.partial.foresees and sampler.choice.score == "random":
+      picked = picked.replace(score=draw.random_score(*xs[:2]))  # tokens that were not computed have one, too
   kept = kept | {"slots": kept["slots"] + width * sampler.branches, "used": kept["used"] + count}
   return picked, caches, kept
 
@@ -420,8 +477,8 @@ def scan_drift(sampler, params, row, key, steps: int, prefill: int):
   finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
 
   def body(s, _):
-    logits, a = sampler.logits(params, row, s)
-    want, _ = plain.logits(params, row, s.replace(caches=()))
+    logits, a = sampler.logits(params, row, s, key)
+    want, _ = plain.logits(params, row, s.replace(caches=()), key)
     off = jnp.abs(finite(logits) - finite(want)).max(-1)
     return sampler.step(params, row, s, key), jnp.where(a.can, off, 0).max(-1)
 

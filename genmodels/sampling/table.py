@@ -139,6 +139,11 @@ FACTS = {
     "refresh = 1: no cache; read from the second step after the commit",
     _PARTIAL + "test_what_is_computed",
   ),
+  ("cache", "delayed_greedy"): (
+    "dKV-Cache-Greedy 2505.15781",
+    "refresh = 1: the ids of no cache; 2 + window slots a token",
+    _PARTIAL + "test_what_will_be_committed_is_computed",
+  ),
   ("cache", "logit_selective"): ("Lumina-DiMOO 2510.06308", "ratio = 0: no cache", _DRIFT),
   ("mix", "mask"): ("–", "the mask's embedding", _MIX + "test_weightless_mixtures_are_the_mask"),
   ("mix", "refine"): (

@@ -19,6 +19,7 @@ from genmodels.sampling import (
   active,
   cache,
   commit,
+  credit,
   drafting,
   draw,
   energy,
@@ -103,6 +104,7 @@ class SamplerConfig:
     score: confidence that ranks tokens, see draw.Score.
     commit: from where they are taken, see commit.REGISTRY. remask: what is opened again, see remask.REGISTRY.
     active: what one call is over, see active.REGISTRY. mix: what masked slots show, see mix.REGISTRY.
+    credit: logits remember earlier predictions: a section of credit.Credit; "": they do not.
     stop: one or several sections with a `kind` of stop.REGISTRY.
     temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: nucleus.
     sub_block: tokens of a unit that are open at one time, left to right (LLaDA's block length); 0: all.
@@ -110,7 +112,7 @@ class SamplerConfig:
     block: block size to decode with; 0 is the trained one, anything else warns.
     cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
       inside the front unit: prefix, dual, vicinity, free, delayed, delayed_greedy,
-      logit_selective (see partial.py).
+      logit_selective, value_similarity (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
@@ -131,6 +133,7 @@ class SamplerConfig:
   remask: Any = "never"
   active: Any = "units"
   mix: Any = "mask"
+  credit: Any = ""
   stop: Any = ()
   temperature: float = 1.0
   top_k: int = 0
@@ -168,6 +171,8 @@ class SamplerConfig:
       put("draft", drafting.drafter(self.draft))
     if self.verify != "auto":
       put("verify", drafting.rule(self.verify))
+    if self.credit:
+      put("credit", config.build(credit.Credit, self.credit, "credit"))
     if self.guide:
       put("guide", guide.section(self.guide))
     if self.energy:
@@ -243,8 +248,14 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   )
   extras, top = wants(cfg)
   choice = draw.Choice(
-    cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top
-  )
+    cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top,
+    cfg.credit or None,
+  )  # fmt: skip
+  if cfg.credit and (isinstance(objective, Insertion) or hasattr(objective.corruption, "plan") or cfg.draft):
+    raise ConfigError(
+      "each token is predicted once, or verified: no earlier prediction earns credit", key="sampler.credit",
+      value=cfg.credit, fix="credit=''",
+    )  # fmt: skip
   if isinstance(objective, Insertion):
     return insertion.build(cfg, objective, model, choice)
   if hasattr(objective.corruption, "plan") and not cfg.draft:
@@ -402,6 +413,16 @@ def check(sampler: Sampler) -> None:
       not sampler.denoises or sampler.objective.mask_id < 0 or not getattr(model, "vocab", 0),
       "mixtures are with the embedding of a mask, and no slot of this sampler shows one", "mix", "mix='mask'",
     )  # fmt: skip
+  if cfg.credit:
+    law(
+      not sampler.denoises or bool(cfg.energy), "each token is predicted once, or as one of several texts",
+      "credit", "credit=''",
+    )  # fmt: skip
+    law(
+      sampler.policy.partial is not None and sampler.policy.partial.keeps,
+      "the cache lets old predictions stand, which would earn credit again", "credit",
+      "another sampler.cache",
+    )  # fmt: skip
   cfg.active.check(sampler)
   if sampler.policy.partial is not None and type(cfg.active) is not active.Units:
     raise ConfigError(
@@ -417,9 +438,9 @@ def check(sampler: Sampler) -> None:
       cfg.score.eos != 1, "which token is an EOS is not known before the predictions", "score", "score.eos=1"
     )
     law(
-      bool(sampler.choice.extras) or sampler.choice.top > 0,
+      bool(sampler.choice.extras) or sampler.choice.top > 0 or bool(cfg.credit),
       "the cache computes what a step is going to commit, and these rules decide that by the predictions",
-      "stop" if cfg.stop else "mix", "stop=() and mix='mask'",
+      "credit" if cfg.credit else "stop" if cfg.stop else "mix", "stop=(), mix='mask', credit=''",
     )  # fmt: skip
   if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
     warnings.warn(

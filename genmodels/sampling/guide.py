@@ -27,6 +27,7 @@ from genmodels import config, rows
 from genmodels.config import ConfigError
 from genmodels.contracts import CLEAN, Array, Row, Target
 from genmodels.sampling import active
+from genmodels.sampling.commit import Leftmost
 from genmodels.sampling.loop import Sampler
 from genmodels.sampling.state import Ask, Result, State, at_coordinate, put
 
@@ -115,6 +116,8 @@ class Guided(Sampler):
 
     some = asks.any()
     agrees = jax.lax.cond(some, agreeing, lambda: jnp.zeros_like(asks))
+    if isinstance(self.commit, Leftmost):  # behind a token that is not the guide's own its opinion is void
+      agrees &= jnp.cumprod(agrees | ~asks, 1).astype(bool)
     picked = picked.replace(score=picked.score + ABOVE * agrees)
     return picked, caches, forwards + some, kept
 

@@ -191,7 +191,8 @@ class Sampler:
   @property
   def reuse(self) -> bool:
     """Predictions are kept while no row changes; they would change if entries of a partial cache do."""
-    return self.quota.reuse and not self.choice.extras and self.policy.partial is None
+    looks_back = self.choice.extras or self.choice.credit is not None
+    return self.quota.reuse and not looks_back and self.policy.partial is None
 
   def named_stops(self):
     """(key, rule) of the stop rules."""
@@ -269,6 +270,8 @@ class Sampler:
       out["top"] = mix.remembered(shape, self.choice.top)
     if self.mix.refine:
       out["refined"] = zero
+    if self.choice.credit is not None:
+      out["credit"] = self.choice.credit.memory(shape)
     return out
 
   def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
@@ -357,6 +360,8 @@ class Sampler:
     xs = self.keys(s, a, key)
     if "kl" in self.choice.extras:
       xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
+    if self.choice.credit is not None:
+      xs += tuple(mix.rows_at(s.memory["credit"][name], a.at) for name in ("ids", "value"))
 
     if self.policy.partial is not None:
       picked, caches, kept = partial.forward(self, params, s, a, key, xs)
@@ -430,6 +435,8 @@ class Sampler:
       memory["refined"] = done + hold
     if self.choice.top:
       memory["top"] = mix.remember(memory["top"], a, picked)
+    if self.choice.credit is not None:
+      memory["credit"] = self.choice.credit.remember(memory["credit"], a, picked.credit)
     chosen, level = chosen & ~hold[:, None], jnp.where(hold, old, level)
     progress = 1 - a.under.sum(1) / jnp.maximum(size, 1)
     for rule in self.stops:

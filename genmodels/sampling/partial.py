@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from genmodels.contracts import Array, pytree
 from genmodels.corruption.base import eligible
 from genmodels.masks import CODE_HIDDEN
-from genmodels.models import relabel_cache, write_cache
+from genmodels.models import relabel_cache, value_similarity, write_cache
 from genmodels.sampling import draw
 from genmodels.sampling.state import at_coordinate, first_where
 
@@ -46,7 +46,10 @@ class Look:
     first: bool[B], nothing of this unit has been computed; fresh: the window is a new one.
     k: int32[B], steps in this window; step: int32 scalar, steps in all.
     bound: the most steps that the quota takes for a window (static).
+    given: bool[B, A], slots of the prompt.
     chosen: bool[B, A], slots whose prediction is committed in this step; None unless the policy `foresees`.
+    similar: float32[B, A], `models.value_similarity` between the last two times that a slot was computed, 1
+      before the second; None unless the policy `compares`.
   """
 
   at: Array
@@ -63,7 +66,9 @@ class Look:
   k: Array
   step: Array
   bound: int
+  given: Array
   chosen: Array | None = None
+  similar: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Partial:
 
   keeps = False  # predictions of slots that were not computed stay candidates
   foresees = False  # what a step commits is known before its predictions, and is all that has to be computed
+  compares = False  # values are compared with those that they replace
 
   def __post_init__(self):
     if self.refresh < 0 or self.widths < 1:
@@ -163,7 +169,7 @@ class Free(Partial):
   commit); what is behind shrinks as windows finish (FreeCache, Hu et al. 2505.21467; details unverified)."""
 
   def due(self, look):
-    return look.first | (look.step % self.refresh == 0) if self.refresh else look.first
+    return _every(look, self.refresh)
 
   def recompute(self, look):
     return self.due(look)[:, None] | (look.at >= look.before[:, None])
@@ -178,7 +184,7 @@ class Delayed(Partial):
   refresh: int = 8
 
   def due(self, look):
-    return look.first | (look.step % self.refresh == 0) if self.refresh else look.first
+    return _every(look, self.refresh)
 
   def recompute(self, look):
     return self.due(look)[:, None] | look.open | (look.since <= 1)
@@ -269,6 +275,54 @@ class LogitSelective(Partial):
     return dataclasses.replace(super().small(), ratio=min(self.ratio, 0.5), warm=0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueSimilarity(Partial):
+  """The prompt is computed every `prompt` steps, the answer every `refresh` steps; in between the `ratio` of
+  the answer whose values have moved most, and what was committed in the last step. Other predictions stand
+  (dLLM-Cache, Liu et al. 2506.06295: K_p = 100, K_r = 7, ρ = .25).
+
+  The released code chooses anew in each layer, by its values before and now, and each layer computes other
+  slots. In its first layer the values are those of the token alone, so that the choice falls on what was just
+  committed, and among equals. Here one choice serves all layers: values are compared whenever a slot is
+  computed, and the mean over layers counts.
+
+  Fields:
+    refresh: K_r. prompt: K_p; 0: never again. ratio: ρ, a share of the answer's tokens.
+  """
+
+  refresh: int = 7
+  prompt: int = 100
+  ratio: float = 0.25
+
+  keeps = True
+  compares = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.prompt < 0 or not 0 <= self.ratio <= 1:
+      raise ValueError(f"prompt is {self.prompt}, ratio {self.ratio}; at least 0, and a share in [0, 1]")
+
+  def due(self, look):
+    return _every(look, self.refresh)
+
+  def recompute(self, look):
+    answer, last = look.use & ~look.given, look.since <= 1
+    count = jnp.floor(self.ratio * answer.sum(1).astype(jnp.float32)).astype(jnp.int32)
+    order = jnp.argsort(jnp.where(answer & ~last, look.similar, jnp.inf), axis=1, stable=True)
+    moved = answer & (jnp.argsort(order, axis=1) < count[:, None])
+    asked = look.fresh[:, None] & look.need  # by a new window, for the first time
+    given = look.given & _every(look, self.prompt)[:, None]
+    return given | (answer & self.due(look)[:, None]) | moved | last | asked
+
+  def small(self):
+    return dataclasses.replace(super().small(), prompt=min(self.prompt, 3), ratio=min(self.ratio, 0.5))
+
+
+def _every(look: Look, steps: int) -> Array:
+  """bool[B]: the first step, and every so many steps of the generation; 0: no other."""
+  return look.first | (look.step % steps == 0) if steps else look.first
+
+
 REGISTRY = {
   "prefix": Prefix,
   "dual": Dual,
@@ -277,6 +331,7 @@ REGISTRY = {
   "delayed": Delayed,
   "delayed_greedy": Greedy,
   "logit_selective": LogitSelective,
+  "value_similarity": ValueSimilarity,
 }
 
 
@@ -307,6 +362,8 @@ def memory(sampler, row, prefill: int):
   if sampler.policy.partial is not None and sampler.policy.partial.keeps:
     out["sure"] = jnp.zeros((B, M), jnp.float32)
     out["picked"] = sampler.choice.nothing(B, M)
+    if sampler.policy.partial.compares:
+      out["similar"] = jnp.ones((B, sampler.active.width(sampler, row)), jnp.float32)
   return out
 
 
@@ -343,7 +400,9 @@ def look(sampler, a, s, key) -> Look:
     k=jnp.where(a.fresh, 0, s.k),
     step=s.step,
     bound=sampler.quota.bound(max(min(window, N), 1)),
+    given=use & ~at_coordinate(eligible(a.row), safe),
     chosen=slots(sampler.foreseen(s, a, key)) if sampler.policy.partial.foresees else None,
+    similar=s.memory["cache"].get("similar"),
   )
 
 
@@ -362,8 +421,8 @@ def predict(sampler, params, a, s, key, fn, xs):
   """`Sampler.predict` over the slots that the policy computes.
 
   Returns:
-    fn's pytree of [B, M, …]; bool[B, M], tokens that were predicted now; the caches with this call's entries;
-    int32, the width of the call; int32[B], slots computed.
+    fn's pytree of [B, M, …]; bool[B, M], tokens that were predicted now; Look.similar after the call, or
+    None; the caches with this call's entries; int32, the width of the call; int32[B], slots computed.
   """
   chosen = select(sampler, a, s, key)
   N = s.tokens.shape[1]
@@ -385,25 +444,32 @@ def predict(sampler, params, a, s, key, fn, xs):
       now = a.can & (slot >= 0)
       b = a.replace(only=only, keep=keep, inputs=inputs, can=now, slot=jnp.where(now, slot, -1))
       out, news = sampler.predict(params, b, s.replace(caches=past), fn, xs)
-      where = take(entry)
-      return out, now, tuple(write_cache(c, n, keep, where) for c, n in zip(past, news, strict=True))
+      where, similar = take(entry), None
+      if sampler.policy.partial.compares:
+        similar = value_similarity(past[0], news[0], where)
+        similar = jnp.where((s.unit < a.lo)[:, None], 1.0, similar)  # nothing was there
+        index = jnp.where(keep, order, chosen.shape[1])
+        similar = (
+          s.memory["cache"]["similar"].at[jnp.arange(len(index))[:, None], index].set(similar, mode="drop")
+        )
+      return out, now, similar, tuple(write_cache(c, n, keep, where) for c, n in zip(past, news, strict=True))
 
     return run
 
   index = sum((count.max() > w).astype(jnp.int32) for w in widths[:-1])
   if len(widths) == 1:
-    out, now, caches = narrow(widths[0])(past)
+    out, now, similar, caches = narrow(widths[0])(past)
   else:
     # A loop of one turn or none for each width: loops update the cache in place, branches of a conditional
     # write a copy of it.
     zeros = lambda x: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), x)
-    carry = (*zeros(jax.eval_shape(narrow(widths[0]), past)[:2]), past)
-    once = lambda run, c: (jnp.bool_(False), *run(c[3]))
+    carry = (*zeros(jax.eval_shape(narrow(widths[0]), past)[:3]), past)
+    once = lambda run, c: (jnp.bool_(False), *run(c[4]))
     for i, width in enumerate(widths):
       turn = functools.partial(once, narrow(width))
       carry = jax.lax.while_loop(lambda c: c[0], turn, (index == i, *carry))[1:]
-    out, now, caches = carry
-  return out, now, caches, jnp.asarray(widths, jnp.int32)[index], count
+    out, now, similar, caches = carry
+  return out, now, similar, caches, jnp.asarray(widths, jnp.int32)[index], count
 
 
 def _hide(cache, masks, entry, there, chosen):
@@ -435,12 +501,13 @@ def forward(sampler, params, s, a, key, xs):
     def fn(logits, *xs):
       return sampler.choice(logits, *xs), sampler.choice.logits(logits).max(-1)
 
-    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, key, fn, xs)
+    (picked, sure), now, similar, caches, width, count = predict(sampler, params, a, s, key, fn, xs)
     stay = lambda new, old: jnp.where(now.reshape(*now.shape, *[1] * (new.ndim - 2)), new, old)
     picked = jax.tree.map(stay, picked, kept["picked"])
     kept = kept | {"picked": picked, "sure": stay(sure, kept["sure"])}
+    kept |= {} if similar is None else {"similar": similar}
   else:
-    picked, _, caches, width, count = predict(sampler, params, a, s, key, sampler.choice, xs)
+    picked, *_, caches, width, count = predict(sampler, params, a, s, key, sampler.choice, xs)
     if sampler.policy.partial.foresees and sampler.choice.score == "random":
       picked = picked.replace(score=draw.random_score(*xs[:2]))  # tokens that were not computed have one, too
   kept = kept | {"slots": kept["slots"] + width * sampler.branches, "used": kept["used"] + count}

@@ -145,6 +145,11 @@ FACTS = {
     _PARTIAL + "test_what_will_be_committed_is_computed",
   ),
   ("cache", "logit_selective"): ("Lumina-DiMOO 2510.06308", "ratio = 0: no cache", _DRIFT),
+  ("cache", "value_similarity"): (
+    "dLLM-Cache 2506.06295, one choice for all layers",
+    "refresh = prompt = 1: no cache",
+    _PARTIAL + "test_what_moved_most_is_computed",
+  ),
   ("mix", "mask"): ("–", "the mask's embedding", _MIX + "test_weightless_mixtures_are_the_mask"),
   ("mix", "refine"): (
     "LRD 2510.11052 (coefficients unverified)",

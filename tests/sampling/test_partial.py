@@ -50,9 +50,9 @@ class Any(partial.Partial):
   policies: tuple = ()
   index: object = 0
 
-  @property
-  def foresees(self):
-    return self.policies[0].foresees
+  foresees = property(lambda self: self.policies[0].foresees)
+  keeps = property(lambda self: self.policies[0].keeps)
+  compares = property(lambda self: self.policies[0].compares)
 
   def recompute(self, look):
     return jnp.stack([p.recompute(look) for p in self.policies])[self.index]
@@ -147,6 +147,22 @@ def test_what_will_be_committed_is_computed():
   assert (np.asarray(never.memory["cache"]["used"]) <= S.N + (steps - 1) * (2 + 2)).all()
 
 
+@pytest.mark.slow
+def test_what_moved_most_is_computed():
+  """dLLM-Cache (T18): everything in every step is exact; else the drift is a number, predictions stand, and the
+  values that a step replaces are compared."""
+  similar = functools.partial(partial.ValueSimilarity, prompt=5, refresh=4)
+  run = together([similar(), similar(refresh=1, prompt=1)])
+  (off, s), (exact, fresh) = run(0), run(1)
+  assert np.asarray(s.done).all() and np.asarray(fresh.done).all()
+  assert (
+    np.asarray(exact).max() < 1e-5 and np.asarray(off)[0].max() < 1e-5 < 1e-3 < np.asarray(off).max() < 20
+  )
+  assert (np.asarray(s.memory["cache"]["used"]) < np.asarray(fresh.memory["cache"]["used"])).all()
+  moved = np.asarray(s.memory["cache"]["similar"])
+  assert moved.min() > -1.001 and moved.max() < 1.001 and (moved < 0.99).any()
+
+
 def test_what_is_not_foreseen_is_refused():
   greedy = {"cache": "delayed_greedy", "quota": LINEAR}
   for section, match in (
@@ -201,11 +217,13 @@ def look(later=0, **kw):
     "since": jnp.where(committed_at < 0, partial.LONG_AGO, 6 + later - committed_at),
     "sure": jnp.where(open_, jnp.array([[0, 0, 0, 0, 0, 3.0, 1, -jnp.inf, -jnp.inf, -jnp.inf]]), jnp.inf),
     "lo": jnp.array([4]), "hi": jnp.array([7]), "before": jnp.array([4]), "first": jnp.array([False]),
-    "fresh": jnp.array([False]), "k": jnp.array([2]), "step": jnp.int32(6), "bound": 3, "chosen": at == 6,
+    "fresh": jnp.array([False]), "k": jnp.array([2]), "step": jnp.int32(6), "bound": 3, "chosen": at == 6, "given": at < 2,
+    "similar": jnp.array([[0, 0, 0.9, 0.2, 0.1, 0.8, 0.7, 0.6, 1, 1]]),
   }  # fmt: skip
   return partial.Look(**values | kw)
 
 
+SIMILAR = partial.ValueSimilarity(refresh=4, ratio=0.25)
 HALF = partial.LogitSelective(ratio=0.5, warm=0.0)
 EVERY, NEW = list(range(10)), {"fresh": jnp.array([True])}
 COMPUTED = [
@@ -225,6 +243,13 @@ COMPUTED = [
   (partial.Greedy(refresh=0, window=3), {}, [4, 5, 6, 7]),
   (partial.Greedy(refresh=0, window=4), {}, [4, 5, 6, 7, 8]),
   (partial.Greedy(), {}, EVERY),  # the window's third step
+  # dLLM-Cache: 4 was committed in the last step; a quarter of the answer's eight are the two that moved most.
+  (SIMILAR, {}, [3, 4, 7]),
+  (dataclasses.replace(SIMILAR, ratio=0.0), {}, [4]),
+  (SIMILAR, NEW, [3, 4, 5, 6, 7]),
+  (dataclasses.replace(SIMILAR, refresh=3), {}, list(range(2, 10))),
+  (dataclasses.replace(SIMILAR, prompt=3, ratio=0.0), {}, [0, 1, 4]),
+  (SIMILAR, {"first": jnp.array([True])}, EVERY),
   # Half of ten are read: the given two, those committed earlier (2, 3), then the surest open one (5).
   (HALF, {}, [4, 6, 7, 8, 9]),
   (dataclasses.replace(HALF, ratio=0.0), {}, EVERY),

@@ -11,7 +11,7 @@ from genmodels.sampling.run import load_run, sampler_of
 from tests.sampling.test_run import workdir
 
 FITS = {
-  "dimoo_cache": "llada", "dinfer": "llada", "dkv_cache": "llada", "eb_sampler": "bd3lm", "eoser": "llada",
+  "dimoo_cache": "llada", "dinfer": "llada", "dkv_cache": "llada", "dllm_cache": "llada", "eb_sampler": "bd3lm", "eoser": "llada",
   "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
   "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
 }  # fmt: skip

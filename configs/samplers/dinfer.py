@@ -35,6 +35,6 @@ def get_config(variant: str = ""):
     },
   )
   if variant == "credit":
-    cfg.sampler.commit = "anywhere"
+    cfg.sampler.commit.kind = "anywhere"
     cfg.sampler.credit = {"alpha": 0.7, "gamma": 0.2, "decay": 0.8}
   return cfg

@@ -144,7 +144,10 @@ class Corruption:
 
   def state(self, row: Row, committed: Array, step=0) -> Noise:
     """The noise that describes a generation in progress: hit = not committed yet (bool[B, N])."""
-    lo, hi = self.blocks.bounds(row, step)
+    return self.progress(row, committed, *self.blocks.bounds(row, step))
+
+  def progress(self, row: Row, committed: Array, lo: Array, hi: Array) -> Noise:
+    """`state` with blocks [lo, hi) int32[B, N] each."""
     hit = jnp.logical_not(committed) & eligible(row)
     share = rows.count_in(lo, hi, hit) / jnp.maximum(rows.count_in(lo, hi, eligible(row)), 1)
     return self.noise(row, lo, hi, hit[:, None], share[:, None].astype(jnp.float32))

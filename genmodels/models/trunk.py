@@ -19,7 +19,7 @@ from genmodels.models import attend, drafts, heads, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
-from genmodels.models.moe import per_layer
+from genmodels.models.moe import loads, per_layer
 from genmodels.parallel import constrain
 
 
@@ -278,7 +278,9 @@ class Trunk(nn.Module):
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = {"code": code, "layers": new}
-    layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
+    layers = {"hidden": x}
+    if cfg.moe is not None:
+      layers |= {"router": per_layer(stats, cfg), "loads": loads(stats)}
     layers |= {} if taps is None else {"taps": taps}
     return Outputs(dists, new, work, layers)
 

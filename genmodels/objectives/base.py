@@ -437,6 +437,8 @@ class Objective:
   def routed(self, outputs: Outputs, sums: dict, denominators: dict, aux: dict):
     """A run's results with the router's terms (no ratios of sums, see objectives.router) and metrics."""
     aux = aux | {"ratios": aux["ratios"] | routers.ratios(outputs)}
+    if found := self.router.stats(outputs):
+      aux["stats"] = aux.get("stats", {}) | found
     return sums | self.router.sums(outputs), denominators | self.router.denominators(), aux
 
   def denominators(self, row: Row, key: Array, step, latent=None) -> dict[str, Array]:

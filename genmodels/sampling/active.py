@@ -69,13 +69,13 @@ class Units:
     """M, tokens that a call asks for (static)."""
     return self.window(sampler, row) + sampler.lead
 
-  def start(self, sampler, row: Row) -> Array:
+  def start(self, sampler, row: Row, noise: Noise | None = None) -> Array:
     """int32[B]: how many given tokens precede the first front. All whole units, but one where its slots
-    predict the first open token."""
+    predict the first open token. The noise is that of the row as it is given."""
     if sampler.store is None:
       return jnp.zeros(row.doc.shape[:1], jnp.int32)
     committed = jnp.logical_not(eligible(row))
-    noise = sampler.objective.corruption.state(row, committed)
+    noise = sampler.objective.corruption.state(row, committed) if noise is None else noise
     lo, _ = self.units(sampler, row, noise)
     whole = at_coordinate(lo, first_where(~committed))
     if sampler.lead:
@@ -89,7 +89,7 @@ class Units:
     B, N = row.tokens.shape
     row = row.replace(tokens=s.tokens)
     open_ = ~s.committed
-    noise = sampler.objective.corruption.state(row, s.committed)
+    noise = sampler.noise(row, s)
     unit_lo, unit_hi = self.units(sampler, row, noise)
     lo, hi = at_coordinate(unit_lo, s.cursor), at_coordinate(unit_hi, s.cursor)
     first = first_where(open_)
@@ -270,7 +270,7 @@ class Pipeline(Moving):
     B, N = row.tokens.shape
     K, b = self.blocks, sampler.capacity
     row = row.replace(tokens=s.tokens)
-    noise = sampler.objective.corruption.state(row, s.committed)
+    noise = sampler.noise(row, s)
     lo = at_coordinate(noise.blk_lo, s.cursor)
     end = at_coordinate(rows.doc_bounds(row.doc)[1], s.cursor)[:, None]
     at = lo[:, None] + jnp.arange(K * b, dtype=jnp.int32)

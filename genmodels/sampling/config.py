@@ -31,6 +31,7 @@ from genmodels.sampling import (
   partial,
   quota,
   remask,
+  sizes,
   stop,
 )
 from genmodels.sampling.loop import Sampler
@@ -120,6 +121,7 @@ class SamplerConfig:
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
     draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
     verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
+    sizes: a policy that chooses the sizes of blocks: a section of sizes.Sizes, or a path; "": equal ones.
     guide: an autoregressive run that decides what is committed: guide.Guide, or a path; "": none.
     energy: which of several drafts of a whole text is taken: a section with a `kind` of energy.REGISTRY; "":
       none.
@@ -148,6 +150,7 @@ class SamplerConfig:
   length: int = 0
   draft: Any = ""
   verify: Any = "auto"
+  sizes: Any = ""
   guide: Any = ""
   energy: Any = ""
 
@@ -173,6 +176,8 @@ class SamplerConfig:
       put("verify", drafting.rule(self.verify))
     if self.credit:
       put("credit", config.build(credit.Credit, self.credit, "credit"))
+    if self.sizes:
+      put("sizes", sizes.section(self.sizes))
     if self.guide:
       put("guide", guide.section(self.guide))
     if self.energy:
@@ -251,7 +256,8 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top,
     cfg.credit or None,
   )  # fmt: skip
-  if cfg.credit and (isinstance(objective, Insertion) or hasattr(objective.corruption, "plan") or cfg.draft):
+  drafts = cfg.draft and not isinstance(cfg.draft, drafting.Plain)
+  if cfg.credit and (isinstance(objective, Insertion) or hasattr(objective.corruption, "plan") or drafts):
     raise ConfigError(
       "each token is predicted once, or verified: no earlier prediction earns credit", key="sampler.credit",
       value=cfg.credit, fix="credit=''",
@@ -342,13 +348,16 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     stops=cfg.stop,
   )
   check(sampler)
+  helpers = [name for name in ("sizes", "guide", "energy") if getattr(cfg, name)]
+  if len(helpers) > 1:
+    raise ConfigError(
+      "one helper at a time decides what happens to a row", key=f"sampler.{helpers[1]}",
+      value=helpers, fix=f"one of {', '.join(helpers)}",
+    )  # fmt: skip
+  if cfg.sizes:
+    return sizes.build(sampler, cfg.sizes, load)
   if policy.partial is not None:
     sampler = laws.judged(sampler)
-  if cfg.guide and cfg.energy:
-    raise ConfigError(
-      "an energy takes whole texts, a guide single tokens", key="sampler.guide", value=cfg.guide.path,
-      fix="one of them",
-    )  # fmt: skip
   if cfg.guide:
     sampler = guide.build(sampler, cfg.guide, load)
   if cfg.energy:

@@ -99,8 +99,8 @@ class Guided(Sampler):
     """As Sampler; evaluations of the guide count as forwards, not among `calls`."""
     return super().__call__((params, self.own), row, key, prefill)
 
-  def start(self, params, row: Row, prefill: int) -> State:
-    return super().start(params[0], row, prefill)
+  def start(self, params, row: Row, prefill: int, key: Array | None = None) -> State:
+    return super().start(params[0], row, prefill, key)
 
   def logits(self, params, row: Row, s: State, key: Array | None = None):
     return super().logits(params[0], row, s, key)

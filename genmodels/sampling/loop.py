@@ -210,7 +210,7 @@ class Sampler:
 
   def run(self, params, row: Row, key: Array, prefill: int) -> Result:
     """`__call__` without the host's part; traceable."""
-    state = self.start(params, row, prefill)
+    state = self.start(params, row, prefill, key)
     limit = self.step_limit(row)
 
     def more(s: State):
@@ -222,22 +222,38 @@ class Sampler:
   def step_limit(self, row: Row) -> int:
     """More steps than any generation takes: a guard against a loop without progress."""
     N, W = row.tokens.shape[1], self.active.window(self, row)
-    units = -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
-    limit = units * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
+    limit = self.most_units(row) * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
     return limit * math.prod(1 + getattr(x, "tries", 0) for x in self.stops)
 
-  def start(self, params, row: Row, prefill: int) -> State:
-    """The state before the first step: given tokens committed, whole units of the prompts cached."""
+  def most_units(self, row: Row) -> int:
+    """More units, or windows of them, than a row has."""
+    N, W = row.tokens.shape[1], self.active.window(self, row)
+    return -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
+
+  def noise(self, row: Row, s: State) -> Noise:
+    """The noise that describes a state: what is not committed is hit."""
+    return self.objective.corruption.state(row, s.committed)
+
+  def start(
+    self, params, row: Row, prefill: int, key: Array | None = None, noise: Noise | None = None
+  ) -> State:
+    """The state before the first step: given tokens committed, whole units of the prompts cached.
+
+    Args:
+      key: of the run, for samplers that draw something now. noise: of the row as it is given, if known.
+    """
     B, N = row.tokens.shape
     committed = jnp.logical_not(eligible(row))
-    cursor = self.active.start(self, row)
+    noise = self.objective.corruption.state(row, committed) if noise is None else noise
+    cursor = self.active.start(self, row, noise)
+    used = jnp.minimum(cursor, prefill)
     zero = jnp.zeros((B,), jnp.int32)
     caches, forwards, calls = (), 0, dict.fromkeys(KINDS, zero)
     if self.policy.stores:
       caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
       if prefill:
-        caches, used = self.prefill(params, row, caches, committed, jnp.minimum(cursor, prefill), prefill)
-        forwards, calls = self.branches, calls | {"prefill": used}
+        caches, some = self.prefill(params, row, caches, noise, used, prefill)
+        forwards, calls = self.branches, calls | {"prefill": some}
     M = self.active.asked(self, row)
     return State(
       tokens=row.tokens,
@@ -257,7 +273,7 @@ class Sampler:
       caches=caches,
       draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
-      memory=self.memory(row) | {"cache": partial.memory(self, row, prefill)},
+      memory=self.memory(row) | {"cache": partial.memory(self, row, used, prefill)},
     )
 
   def memory(self, row: Row) -> dict[str, Any]:
@@ -274,13 +290,12 @@ class Sampler:
       out["credit"] = self.choice.credit.memory(shape)
     return out
 
-  def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
+  def prefill(self, params, row: Row, caches, noise: Noise, length: Array, width: int):
     """Caches with the first `length` int32[B] ≤ width tokens of the rows, and int32[B], rows that had any."""
     B = length.shape[0]
     at = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
     keep = at < length[:, None]
     only = active.pairs(jnp.full((B, 1), self.store), at, keep)
-    noise = self.objective.corruption.state(row, committed)
     outs = []
     for i, cache in enumerate(caches):
       inputs, _ = self.view(row, noise, only, i)

@@ -353,11 +353,14 @@ def ladder(sampler, row) -> tuple[int, ...]:
   return sampler.policy.partial.ladder(A, W if W >= A else min(W + shifted, A))
 
 
-def memory(sampler, row, prefill: int):
+def memory(sampler, row, used: Array, prefill: int):
   """What is remembered of a generation: {"slots": int32, slots computed per row, padding and all guidance
-  branches included; "used": int32[B], those of one branch that held a token}, and the last predictions."""
+  branches included; "used": int32[B], those of one branch that held a token}, and the last predictions.
+
+  Args:
+    used: int32[B], tokens of a first call of width `prefill`.
+  """
   B, M = row.tokens.shape[0], sampler.active.asked(sampler, row)
-  used = jnp.minimum(sampler.active.start(sampler, row), prefill)
   out = {"slots": jnp.int32(prefill * sampler.branches), "used": used}
   if sampler.policy.partial is not None and sampler.policy.partial.keeps:
     out["sure"] = jnp.zeros((B, M), jnp.float32)
@@ -549,5 +552,5 @@ def scan_drift(sampler, params, row, key, steps: int, prefill: int):
     off = jnp.abs(finite(logits) - finite(want)).max(-1)
     return sampler.step(params, row, s, key), jnp.where(a.can, off, 0).max(-1)
 
-  s, out = jax.lax.scan(body, sampler.start(params, row, prefill), length=steps)
+  s, out = jax.lax.scan(body, sampler.start(params, row, prefill, key), length=steps)
   return out, s

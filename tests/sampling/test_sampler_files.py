@@ -15,8 +15,10 @@ FITS = {
   "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
   "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
 }  # fmt: skip
-# draft.path, energy.path, guide.path
-NEED_ANOTHER_RUN = {"diffuspec": "ar", "edlm": "mdlm", "freecache:guided": "llada", "spectr": "ar"}
+# draft.path, energy.path, guide.path, sizes.path
+NEED_ANOTHER_RUN = {
+  "ctrldiff": "ctrldiff", "diffuspec": "ar", "edlm": "mdlm", "freecache:guided": "llada", "spectr": "ar",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

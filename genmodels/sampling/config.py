@@ -349,6 +349,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   )
   check(sampler)
   helpers = [name for name in ("sizes", "guide", "energy") if getattr(cfg, name)]
+  helpers += ["draft"] * bool(drafts)
   if len(helpers) > 1:
     raise ConfigError(
       "one helper at a time decides what happens to a row", key=f"sampler.{helpers[1]}",

@@ -141,7 +141,7 @@ FACTS = {
   ),
   ("cache", "delayed_greedy"): (
     "dKV-Cache-Greedy 2505.15781",
-    "refresh = 1: the ids of no cache; 2 + window slots a token",
+    "refresh = 1: no cache; 2 + window slots a token",
     _PARTIAL + "test_what_will_be_committed_is_computed",
   ),
   ("cache", "logit_selective"): ("Lumina-DiMOO 2510.06308", "ratio = 0: no cache", _DRIFT),

@@ -35,7 +35,7 @@ def load(path):
 
 def guided(objective=None, path="ar", **section):
   section = {"eos": -2, "quota": AGREE, "commit": "leftmost", "temperature": 0.0, **section}
-  return sampling.build(section | {"guide": path}, objective or S.mdm(), S.model(), load=load)
+  return sampling.build(section | {"guide": path}, objective or S.mdm(), S.model(1), load=load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Same(guide.Guide):
 def test_a_guide_of_the_same_opinion_commits_everything(objective):
   """Every window in one step: the tokens and steps of quota "all"."""
   same = dataclasses.replace(guided(objective()), guide=Same())
-  once = S.sampler(objective(), quota="all", temperature=0.0)
+  once = sampling.build({"eos": -2, "quota": "all", "temperature": 0.0}, objective(), S.model(1))
   row = S.row()
-  got, want = same(S.params(), row, KEY), once(S.params(), row, KEY)
+  got, want = same(S.params(1), row, KEY), once(S.params(1), row, KEY)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_array_equal(got.committed_at, want.committed_at)
   jax.tree.map(np.testing.assert_array_equal, got.calls, want.calls)
@@ -89,7 +89,7 @@ def test_what_agrees_is_committed_and_nothing_is_rewritten(commit, cache):
   """Step by step, against the guide's argmax over the row of proposals; committed tokens are the proposals, also
   behind a cache and inside windows; prompts and earlier tokens stay."""
   made = guided(commit=commit, sub_block=7, cache=cache)
-  row, params = S.row(), (S.params(), small()[1])
+  row, params = S.row(), (S.params(1), small()[1])
 
   @jax.jit
   def step(s):

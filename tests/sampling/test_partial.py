@@ -137,12 +137,8 @@ def test_what_will_be_committed_is_computed():
   assert (
     np.asarray(exact).max() < 1e-5 and np.asarray(off)[::2].max() < 1e-5 < 1e-3 < np.asarray(off).max() < 20
   )
-  plain = S.sampler(
-    S.mdm(), quota={"kind": "linear", "steps": S.N}, score="random", temperature=0.0, cache="none"
-  )(S.params(), S.row(), jax.random.key(5))
-  np.testing.assert_array_equal(fresh.tokens, plain.tokens)
-  for state in (s, fresh, never):  # the order is that of the keys, whatever is computed
-    np.testing.assert_array_equal(state.committed_at, plain.committed_at)
+  for state in (s, never):  # the order is that of the keys, whatever is computed
+    np.testing.assert_array_equal(state.committed_at, fresh.committed_at)
   steps = (np.asarray(never.committed_at) >= 0).sum(1)
   assert (np.asarray(never.memory["cache"]["used"]) <= S.N + (steps - 1) * (2 + 2)).all()
 

@@ -41,7 +41,7 @@ class Constant:
 
 @functools.cache
 def learned(classes=3):
-  net = models.NETS["choice"](classes=classes, width=16).network(S.model())
+  net = models.NETS["choice"](classes=classes, width=16).network(S.model(1))
   with jax.ensure_compile_time_eval():
     params = jax.jit(net.init)(jax.random.key(1))
     params["out"]["kernel"] = 2 * jax.random.normal(jax.random.key(2), params["out"]["kernel"].shape)
@@ -52,7 +52,7 @@ def sized(net=None, **section):
   load = lambda path, name: learned() if net is None else (net, {})
   section = {"eos": -2, "quota": {"kind": "first_hitting"}, **section}
   return sampling.build(
-    section | {"sizes": {"path": "run", **section.get("sizes", {})}}, objective(), S.model(), load=load
+    section | {"sizes": {"path": "run", **section.get("sizes", {})}}, objective(), S.model(1), load=load
   )
 
 
@@ -60,8 +60,9 @@ def sized(net=None, **section):
 def test_a_constant_policy_is_the_sampler_of_that_size():
   """Token by token, step by step and call by call, though its calls have room for more."""
   row = S.row()
-  got = sized(Constant())(S.params(), row, KEY)
-  want = S.sampler(S.bd(4), quota={"kind": "first_hitting"})(S.params(), row, KEY)
+  got = sized(Constant())(S.params(1), row, KEY)
+  plain = sampling.build({"eos": -2, "quota": {"kind": "first_hitting"}}, S.bd(4), S.model(1))
+  want = plain(S.params(1), row, KEY)
   np.testing.assert_array_equal(got.tokens, want.tokens)
   np.testing.assert_array_equal(got.committed_at, want.committed_at)
   jax.tree.map(np.testing.assert_array_equal, got.calls, want.calls)
@@ -71,30 +72,34 @@ def test_a_constant_policy_is_the_sampler_of_that_size():
 @pytest.mark.slow
 def test_generated_rows_have_the_blocks_of_training():
   """The finished rows, cut by the policy as training cuts them with the same draws, have the blocks they were
-  generated in; the sizes differ, and nothing in the caches is out of date."""
-  made, row = sized(), S.row()
-  off, s = partial.drift(made, (S.params(), learned()[1]), row, KEY, 40)
-  assert np.asarray(s.done).all() and np.asarray(off).max() < 1e-5
+  generated in, prompts of every length included; the sizes differ."""
+  made, row, (net, own) = sized(), S.row(), learned()
+  result = made(S.params(1), row, KEY)
+  assert np.asarray(result.done).all()
 
   def cut(tokens):
     o, filled = made.objective, row.replace(tokens=tokens)
-    net, own = learned()
-    nets = Nets(
-      {"model": lambda i, t: S.model().apply(S.params(), i, t), "policy": lambda h: net.apply(own, h)}
-    )
-    logp, _ = o.sizes(nets, filled, KEY, 0)
+    model = lambda i, t: S.model(1).apply(S.params(1), i, t)
+    logp, _ = o.sizes(Nets({"model": model, "policy": lambda h: net.apply(own, h)}), filled, KEY, 0)
     return o.corruption.cut(filled, o.corruption.choose(filled, KEY, 0, logp)), jnp.exp(logp)
 
-  ((lo, hi), p), noise = jax.jit(lambda: (cut(s.tokens), made.noise(row, s)))()
+  noise = made.cut(row, row.doc >= 0, result.memory["sizes"])
+  (lo, hi), p = jax.jit(cut)(result.tokens)
   np.testing.assert_array_equal(noise.blk_lo, lo)
   np.testing.assert_array_equal(noise.blk_hi, hi)
-  lengths = {int(h - l) for h, l in zip(np.asarray(hi).ravel(), np.asarray(lo).ravel())}
+  lengths = {int(b - a) for a, b in zip(np.asarray(lo).ravel(), np.asarray(hi).ravel())}
   assert {2, 4, 5} <= lengths and np.ptp(np.asarray(p)[..., 0]) > 0.5, "the policy is no constant"
+
+
+@pytest.mark.full
+def test_cached_logits_are_those_without_a_cache():
+  off, s = partial.drift(sized(), (S.params(1), learned()[1]), S.row(), KEY, 40)
+  assert np.asarray(s.done).all() and np.asarray(off).max() < 1e-5
 
 
 def test_refusals():
   with pytest.raises(ConfigError, match="has no run"):
-    sampling.build({"sizes": {"path": ""}}, objective(), S.model())
+    sampling.build({"sizes": {"path": ""}}, objective(), S.model(1))
   for section, match in (
     ({"cache": "dual", "sub_block": 1, "quota": {"kind": "linear", "steps": 2}}, "blocks of one size"),
     ({"guide": "ar"}, "one helper at a time"),
@@ -106,5 +111,5 @@ def test_refusals():
     S.sampler(S.bd(), sizes="run")
   with pytest.raises(ConfigError, match="chooses among 2 sizes"):
     load = lambda path, name: learned(2)
-    sampling.build({"sizes": "run", "eos": -2, "quota": "first_hitting"}, objective(), S.model(), load=load)
+    sampling.build({"sizes": "run", "eos": -2, "quota": "first_hitting"}, objective(), S.model(1), load=load)
   assert dataclasses.replace(sized(), own=None).capacity == 5

@@ -357,10 +357,11 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     )  # fmt: skip
   if cfg.sizes:
     return sizes.build(sampler, cfg.sizes, load)
+  guided = guide.build(sampler, cfg.guide, load) if cfg.guide else None
   if policy.partial is not None:
     sampler = laws.judged(sampler)
-  if cfg.guide:
-    sampler = guide.build(sampler, cfg.guide, load)
+  if guided is not None:
+    sampler = dataclasses.replace(guided, policy=sampler.policy)
   if cfg.energy:
     sampler = energy.build(sampler, cfg.energy, load)
   return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler

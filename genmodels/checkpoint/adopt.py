@@ -18,7 +18,7 @@ from genmodels.config import ConfigError
 from genmodels.data import tokenizers
 from genmodels.models import model as models
 
-DRAFTS = ("draft", "block", "latent")  # kinds of heads that a config adds to a checkpoint's
+DRAFTS = ("draft", "block", "latent", "joint")  # kinds of heads that a config adds to a checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     row = runs.text_row(parts, sampler, asked, args.new)
   with rules.use_mesh(run.mesh):
     start = time.perf_counter()
-    result = jax.block_until_ready(sampler(run.trees["model"], row, jax.random.key(args.seed)))
+    result = jax.block_until_ready(sampler(runs.parameters(parts, run.trees), row, jax.random.key(args.seed)))
     seconds = time.perf_counter() - start
   items = runs.decode(parts, row, result)
   if jax.process_index():

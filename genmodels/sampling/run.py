@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from genmodels import config, optim, system
+from genmodels import config, models, optim, system
 from genmodels import state as states
 from genmodels.checkpoint import init as initialisation
 from genmodels.contracts import Row
@@ -33,7 +33,8 @@ class Run:
   """An opened run.
 
   Fields:
-    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}. step, mesh.
+    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}, and those of the networks
+      that its heads read. step, mesh.
   """
 
   cfg: Any
@@ -71,7 +72,16 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = (), sa
   shapes, axes = parts.model.abstract_params(), parts.model.logical_axes()
   with rules.use_mesh(mesh):
     trees, step = _trees(cfg, path, step, mesh, shapes, axes)
+    for name in models.joint.names(parts.model.cfg):
+      trees[name] = _network(path, name, parts.nets[name], mesh, step)
   return Run(cfg, parts, trees, step, mesh)
+
+
+def parameters(parts, trees: dict) -> Any:
+  """What a sampler of the system takes as its parameters: the model's, or {"model": …} with those of the
+  networks that its heads read."""
+  names = models.joint.names(parts.model.cfg)
+  return {name: trees[name] for name in ("model", *names)} if names else trees["model"]
 
 
 def _tuples(x):
@@ -109,20 +119,24 @@ def load_network(workdir, name: str) -> tuple[Any, dict]:
     raise config.ConfigError(
       "the run has no such network", key="trees", value=name, fix=f"one of {', '.join(nets) or '(none)'}"
     )
-  net, prefix = nets[name], f"trees/{name}/"
-  shapes = {prefix + k: v for k, v in states.param_paths(net.abstract_params()).items()}
   with rules.use_mesh(mesh):
-    places = rules.sharding_tree(mesh, net.logical_axes(), net.abstract_params())
-    where = {prefix + k: v for k, v in states.param_paths(places).items()}
-    values, _, _ = initialisation.open_folder(str(path)).read(None, lambda leaf, _: where.get(leaf))
+    return nets[name], _network(path, name, nets[name], mesh)
+
+
+def _network(path, name: str, net, mesh, step: int | None = None) -> dict:
+  """The parameters of a network beside a run's model."""
+  prefix = f"trees/{name}/"
+  shapes = {prefix + k: v for k, v in states.param_paths(net.abstract_params()).items()}
+  places = rules.sharding_tree(mesh, net.logical_axes(), net.abstract_params())
+  where = {prefix + k: v for k, v in states.param_paths(places).items()}
+  values, _, _ = initialisation.open_folder(str(path)).read(step, lambda leaf, _: where.get(leaf))
   missing = [n for n in shapes if n not in values or values[n].shape != shapes[n].shape]
   if missing:
     raise config.ConfigError(
       f"the checkpoint does not hold the network: {missing[0]} and {len(missing) - 1} more are missing or of "
       "another shape", key=f"trees.{name}", fix="use the config of the run itself",
     )  # fmt: skip
-  tree = jax.tree.structure(net.abstract_params())
-  return net, jax.tree.unflatten(tree, [values[n] for n in shapes])
+  return jax.tree.unflatten(jax.tree.structure(net.abstract_params()), [values[n] for n in shapes])
 
 
 def _trees(cfg, path, step, mesh, shapes, axes):
@@ -180,7 +194,9 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
     # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
     meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
-    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step, load=_drafting)
+    nets = system.networks(parts.cfg, parts.exact)
+    options = dict(latent=parts.latent, meta=meta, step=step, load=_drafting, nets=nets)
+    made = build(cfg, parts.objective, parts.exact, **options)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
 
@@ -191,7 +207,7 @@ def _drafting(workdir: str, tree: str = "") -> tuple[Any, Any]:
   if tree:
     return load_network(workdir, tree)
   run = load_run(workdir)
-  return sampler_of(run.parts, run.step, {}), run.trees["model"]
+  return sampler_of(run.parts, run.step, {}), parameters(run.parts, run.trees)
 
 
 def _meta(specials) -> dict:
@@ -272,6 +288,6 @@ def during_training(cfg, parts, trees, folder: pathlib.Path, step: int, n: int) 
     row = image_row(parts, np.arange(n) % parts.objective.classes)
   else:
     row = text_row(parts, sampler, [""] * n)
-  result = sampler(trees["model"], row, jax.random.key(int(cfg.seed)))
+  result = sampler(parameters(parts, trees), row, jax.random.key(int(cfg.seed)))
   items = decode(parts, row, result)
   return save(parts, items, pathlib.Path(folder) / f"step-{step:07d}") if jax.process_index() == 0 else None

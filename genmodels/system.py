@@ -16,7 +16,6 @@ from genmodels.contracts import Documents, Row
 from genmodels.objectives import laws
 from genmodels.parallel import rules
 
-
 CLASSES = ("categorical", "draft", "block", "joint")  # kinds of heads over the vocabulary
 
 

@@ -2,14 +2,15 @@
 
   genmodels train --config configs/language/maria.py:tiny --workdir runs/maria
   genmodels train --config configs/language/maria.py --workdir runs/maria data.path=data/corpus \\
-      init.kind=workdir init.path=runs/ar "init.scratch=('heads/infill/kernel',)" init.beside.mlm.path=runs/mdlm
+      init.kind=workdir init.path=runs/ar "init.scratch=('heads/infill/kernel',)" \\
+      init.beside.mlm.path=runs/mdlm
 
-The masked model reads the text with its masks, once; the autoregressive one goes over it from left to right with
-its cache; the decoder of the token at i reads the states [AR at i − 1; masked at i]. Only the decoder is trained,
-from half of both output weights (a product of experts), by cross-entropy on the masked tokens. Reported is that
-of masked tokens given all others (`objective.reported=text`: the likelihood of texts). Here both networks have
-GPT-2-small's shape and rows of 1024; the paper joins ModernBERT and OLMo (unverified: which sizes). Unverified:
-rate, steps, batch, and the law of the masking ratio, here uniform. The tiny variant joins two random models.
+The masked model reads the text with its masks, once; the autoregressive one goes over it from left to right
+with its cache; the decoder of token i reads the states [AR at i − 1; masked at i]. Only the decoder is
+trained, from half of both output weights (a product of experts), by cross-entropy on the masked tokens.
+Reported is that of masked tokens given all others (`objective.reported=text`: the likelihood of texts).
+Unverified: the paper's networks (here both have the shape of MDLM's), rate, steps, batch, and the law of the
+masking ratio, here uniform. The tiny variant joins two random models.
 """
 
 from genmodels import sections

@@ -219,7 +219,8 @@ def initialise(
     steps: length of the run, for the message only.
     axes: logical axes of the parameters (tree of tuples), for vocabulary surgery.
     rebuild: {tree: parameters} → state; needed where the optimizer's state depends on the parameters
-      (schedule-free keeps a copy of them). Where leaves keep fresh values, their names {tree: set} come second.
+      (schedule-free keeps a copy of them). Where leaves keep fresh values, their names {tree: set} come
+      second.
     others: {network beside the model: its logical axes}.
 
   Returns:

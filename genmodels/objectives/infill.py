@@ -3,10 +3,10 @@
   p(x_i | x_{<i}, x_{¬M}) = softmax([h_AR(x_{≤i−1}); h_MLM(x_{¬M})_i] W),      i ∈ M, left to right
   loss = Σ_{i∈M} −log p(x_i | x_{<i}, x_{¬M}) / |M|
 
-Israel et al., "Enabling Autoregressive Models to Fill In Masked Tokens", 2502.06901. The masked model sees the
-text with the tokens of M masked, the autoregressive one the clean text, of which slot i − 1 reaches no token
-from i on: training is teacher forcing of the decoder that fills the masks from left to right. The product over
-M is a probability of x_M given the rest by the chain rule, whatever M is.
+Israel et al., "Enabling Autoregressive Models to Fill In Masked Tokens", 2502.06901. The masked model sees
+the text with the tokens of M masked, the autoregressive one the clean text, of which slot i − 1 reaches no
+token from i on: training is teacher forcing of the decoder that fills the masks from left to right. By the
+chain rule the product over M is a probability of x_M given the rest, whatever M is.
 
 Legend: B rows · N clean tokens · V classes.
 """
@@ -43,10 +43,8 @@ class Infill(Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    if set(self.layout.streams) != {"n", CLEAN} or (self.layout.copy, self.layout.placement) != (
-      "all",
-      "none",
-    ):
+    layout = set(self.layout.streams), self.layout.copy, self.layout.placement
+    if layout != ({"n", CLEAN}, "all", "none"):
       raise ValueError(
         f"layout has streams {self.layout.streams}, copy {self.layout.copy!r}, placement "
         f"{self.layout.placement!r}; each network sees a whole stream: streams=('n', 'c'), the rest as it is"

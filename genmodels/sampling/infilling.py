@@ -1,8 +1,8 @@
 """Filling masks from left to right by two networks (MARIA, Israel et al. 2502.06901).
 
 The network beside the model sees the row once, with every open token masked; its states are kept. The model
-decodes the open tokens in their order as any next-token model does: its cache holds the tokens before the front,
-given and filled ones alike, so it is exact, and the head reads both states.
+decodes the open tokens in their order as any next-token model does: its cache holds the tokens before the
+front, given and filled ones alike, so it is exact, and the head reads both states.
 
 Legend: B rows · N tokens of a row · M asked tokens · V vocabulary · E width of the network beside.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from genmodels import rows

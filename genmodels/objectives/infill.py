@@ -52,7 +52,7 @@ class Infill(Objective):
     term = self.terms[self.likelihood]
     if len(self.terms) > 1 or (term.stream, term.align, term.on) != (CLEAN, "shift", "hit"):
       raise ValueError(
-        f"terms are {', '.join(self.terms)}, stream {term.stream!r}, align {term.align!r}, on {term.on!r}; one "
+        f"terms are {list(self.terms)}, stream {term.stream!r}, align {term.align!r}, on {term.on!r}; one "
         "term is read from the clean stream: stream='c', align='shift', on='hit'"
       )
 

@@ -85,6 +85,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   lead = jax.process_index() == 0
   workdir = pathlib.Path(workdir)
   ledger = metrics.Ledger(workdir / "goodput.jsonl" if lead else None)
+  adopt.networks(cfg, str(workdir))
 
   # -- the pieces, all checked before anything compiles -----------------------------------------------
   tcfg = config.build(TrainConfig, cfg.train, "train")

@@ -57,6 +57,7 @@ FLAGS = {
     "--sampler",
     "--seed",
     "--step",
+    "--suffix",
     "--workdir",
   },
   "eval": {

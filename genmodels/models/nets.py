@@ -42,17 +42,11 @@ class Backbone:
 
   def network(self, model):
     cfg = model.cfg
-    plain = {"heads": (("text", cfg.head("text")),), "lora": None, "anchor": 0}
     if self.model:
-      given = {
-        "vocab": cfg.vocab,
-        "vocab_multiple": cfg.vocab_multiple,
-        "dtype": cfg.dtype,
-        "remat": cfg.remat,
-      }
-      mine = type(model)(from_section({**given, **self.model})).cfg
+      shared = ("vocab", "vocab_multiple", "dtype", "param_dtype", "remat")
+      mine = from_section({name: getattr(cfg, name) for name in shared} | self.model)
     else:
-      mine = dataclasses.replace(cfg, **plain)
+      mine = dataclasses.replace(cfg, heads=(("text", cfg.head("text")),), lora=None, anchor=0)
     runs = ("attention", "attention_tiles", "attention_capacity", "attention_deterministic", "attention_safe")
     runs = {name: getattr(cfg, name) for name in (*runs, "context")}
     return type(model)(dataclasses.replace(mine, **runs))

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     "--prompt", action="append", default=[], help="text to continue; may be given several times"
   )
   parser.add_argument("--prompts-file", help="a prompt per line")
+  parser.add_argument("--suffix", default="", help="text given behind what is generated: infilling")
   parser.add_argument("--labels", default="", help="classes of images, separated by commas")
   parser.add_argument("--sampler", default="", help="a sampler file, such as samplers/fast_dllm")
   parser.add_argument("--n", type=int, default=1, help="samples of each prompt or label")
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     row = runs.image_row(parts, asked)
   else:
     asked = [p for p in prompts or [""] for _ in range(args.n)]
-    row = runs.text_row(parts, sampler, asked, args.new)
+    row = runs.text_row(parts, sampler, asked, args.new, suffix=args.suffix)
   with rules.use_mesh(run.mesh):
     start = time.perf_counter()
     result = jax.block_until_ready(sampler(runs.parameters(parts, run.trees), row, jax.random.key(args.seed)))

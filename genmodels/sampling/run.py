@@ -217,14 +217,17 @@ def _meta(specials) -> dict:
   return {"eos": eos, "forbid": tuple(i for i in never if i >= 0 and i != eos)}
 
 
-def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None) -> Row:
-  """Rows from texts: BOS (where the tokenizer has one), the prompt, and what is to be generated.
+def text_row(
+  parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None, suffix: str = ""
+) -> Row:
+  """Rows from texts: BOS (where the tokenizer has one), the prompt, what is to be generated, and the suffix.
 
   Raises:
     ConfigError: the data have no tokenizer.
+    ValueError: a prompt and a suffix that leave no room.
   """
   tokenizer, meta = parts.data.tokenizer, parts.data.meta
-  if tokenizer is None and any(prompts):
+  if tokenizer is None and any((*prompts, suffix)):
     raise config.ConfigError(
       "these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt"
     )
@@ -237,7 +240,9 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
       fix=f"at most {parts.model.cfg.learned_pos}",
     )  # fmt: skip
   pad = max(meta.specials.get("pad", 0), 0)
-  return prompt_row(ids, length, new or length, example_ids=example_ids, pad=pad, axes=meta.axes)
+  behind = list(map(int, tokenizer.encode(suffix))) if suffix else []
+  new = new or length
+  return prompt_row(ids, length, new, suffix=behind, example_ids=example_ids, pad=pad, axes=meta.axes)
 
 
 def image_row(parts, labels, example_ids=None) -> Row:
@@ -251,12 +256,12 @@ def draws_images(parts) -> bool:
 
 
 def decode(parts, row: Row, result: Result) -> list:
-  """Per row: the text generated behind the prompt, or the image uint8[H, W]."""
+  """Per row: the text behind the prompt, a suffix included, or the image uint8[H, W]."""
   if draws_images(parts):
     row = jax.tree.map(np.asarray, row).replace(tokens=np.asarray(result.tokens))
     return list(np.asarray(parts.objective.images(jax.tree.map(jnp.asarray, row), parts.latent))[:, 0])
   tokens, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
-  given = (np.asarray(row.role) == 0).sum(1)
+  given = np.cumprod(np.asarray(row.role) == 0, 1).sum(1)
   if parts.data.tokenizer is None:
     return [" ".join(map(str, t[g:n])) for t, g, n in zip(tokens, given, lengths)]
   return [parts.data.tokenizer.decode(t[g:n]) for t, g, n in zip(tokens, given, lengths)]

@@ -45,6 +45,7 @@ FLAGS = {
   "train": {"--help", "--config", "--workdir", "--from", "--debug"},
   "systems": {"--help", "--json", "--markdown"},
   "sample": {
+    "--chat",
     "--help",
     "--json",
     "--labels",
@@ -58,6 +59,7 @@ FLAGS = {
     "--seed",
     "--step",
     "--suffix",
+    "--template",
     "--workdir",
   },
   "eval": {

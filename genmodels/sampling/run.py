@@ -21,6 +21,8 @@ from genmodels import config, models, optim, system
 from genmodels import state as states
 from genmodels.checkpoint import init as initialisation
 from genmodels.contracts import Row
+from genmodels.data import chat
+from genmodels.data.records import DataError
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling.config import SamplerConfig, at_step, build
@@ -217,10 +219,50 @@ def _meta(specials) -> dict:
   return {"eos": eos, "forbid": tuple(i for i in never if i >= 0 and i != eos)}
 
 
+def chat_ids(
+  parts, talks: Sequence[Sequence[dict]], template: str = "", carried: str = ""
+) -> tuple[list[list[int]], int]:
+  """Ids of conversations up to an answer, rendered as the run's data, and the id that ends an answer.
+
+  Args:
+    talks: turns {"role", "content"} of each.
+    template: as of `genmodels prepare --template`; "": that of the data, else of the folder `carried`.
+
+  Raises:
+    ConfigError: no tokenizer, no template, or turns that it cannot render.
+  """
+  tokenizer, found = parts.data.tokenizer, None
+  if tokenizer is None:
+    raise config.ConfigError("these data have no tokenizer, so there is no chat", key="data", fix="no --chat")
+  try:
+    if template:
+      found = chat.load(template, carried)
+    else:
+      found = chat.kept(parts.data.folder) or (chat.load(carried, carried) if carried else None)
+    if found is None:
+      raise config.ConfigError(
+        "the run was not trained on conversations, and its tokenizer came without a chat template",
+        key="--template", value=template, fix="--template chatml, plain, or a Jinja file",
+      )  # fmt: skip
+    made = [chat.prompt(found, turns, tokenizer) for turns in talks]
+  except (chat.Malformed, DataError) as e:
+    raise config.ConfigError(str(e), key="--chat", fix="see docs/sft.md") from None
+  return [list(map(int, ids)) for ids, _ in made], made[0][1]
+
+
 def text_row(
-  parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None, suffix: str = ""
+  parts,
+  sampler: Sampler,
+  prompts: Sequence[str],
+  new: int = 0,
+  example_ids=None,
+  suffix: str = "",
+  ids: Sequence[Sequence[int]] | None = None,
 ) -> Row:
   """Rows from texts: BOS (where the tokenizer has one), the prompt, what is to be generated, and the suffix.
+
+  Args:
+    ids: of the prompts, where they are made already (`chat_ids`).
 
   Raises:
     ConfigError: the data have no tokenizer.
@@ -232,7 +274,8 @@ def text_row(
       "these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt"
     )
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
-  ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
+  if ids is None:
+    ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len
   if 0 < parts.model.cfg.learned_pos < length:
     raise config.ConfigError(

@@ -136,7 +136,7 @@ def shape_of(path: str) -> dict:
   model = json.loads(file.read_text())["model"]
   run = {*hf_config.RUN_FIELDS, "context"} - {"vocab_multiple"}
   kept = {k: v for k, v in model.items() if k not in run and not k.startswith("attention_")}
-  return kept | {"heads": {"text": dict(model.get("heads") or {}).get("text", {})}}
+  return {"vocab_multiple": 1} | kept | {"heads": {"text": dict(model.get("heads") or {}).get("text", {})}}
 
 
 def _like(head) -> str:

@@ -72,7 +72,7 @@ def check(cfg: TrunkConfig, nets: Mapping[str, Any]) -> None:
   """Laws between joint heads and the networks that they read.
 
   Raises:
-    ConfigError: no such network, or one of another width, vocabulary or kind of output.
+    ConfigError: no such network, or one of another width, a smaller vocabulary or another kind of output.
   """
   for name, head in cfg.heads:
     if head.kind != "joint":
@@ -88,10 +88,11 @@ def check(cfg: TrunkConfig, nets: Mapping[str, Any]) -> None:
         f"the network {head.beside!r} has width {other.width}", key=f"model.heads.{name}.width",
         value=head.width, fix=f"model.heads.{name}.width={other.width}",
       )  # fmt: skip
-    if cfg.vocab != other.vocab:
+    if cfg.vocab > other.vocab:  # rows beyond the model's are read by nobody
       raise ConfigError(
-        f"two networks decode together over one vocabulary, the model has {cfg.vocab} tokens",
-        key=f"trees.{head.beside}.model.vocab", value=other.vocab, fix="networks of one tokenizer",
+        f"both networks read the same tokens, of which the model knows {cfg.vocab}",
+        key=f"trees.{head.beside}.model.vocab", value=other.vocab,
+        fix=f"{cfg.vocab}, and init.beside.{head.beside}.resize_vocab=True if the tokenizers are the same",
       )  # fmt: skip
     for where, found in ((f"model.heads.{head.like}", cfg.head(head.like)), ("its head", other.head("text"))):
       if found.soft_cap is not None or found.bias:

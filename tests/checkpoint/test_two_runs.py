@@ -16,9 +16,11 @@ from genmodels import step as steps
 from genmodels.checkpoint import init, tensors
 from genmodels.checkpoint.manager import Manager
 from genmodels.config import ConfigError
+from genmodels.evals.texts import TextConfig, TextModel
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling import run as runs
+from tests.checkpoint import folders
 
 DECODER = "heads/infill/kernel"
 
@@ -110,6 +112,10 @@ def test_a_run_is_evaluated_sampled_and_exported(made):
   got = json.loads(out)
   assert got["samples"][0]["text"].endswith("return") and got["tokens"] == 20 - 1 - len("def return")
   assert got["forwards"] == got["tokens"] + 2 and got["cache"] == "causal_exact"
+  texts = TextModel(run, TextConfig(batch_size=2, length=24))
+  (score,) = texts.score([("def ", "main(")])
+  assert texts.exact and score.tokens == 6 and -6 * 6 < score.nats < -6 * 5  # random networks over 257 tokens
+  assert len(texts.generate(["def "], new=4)) == 1
   out = root / "hf"
   status, said, err = verb("export", workdir, out, "--layout", "llama")
   assert status == 0, err
@@ -136,6 +142,34 @@ def test_a_run_goes_on_without_its_sources(made):
   before, after = tree(root / "maria", "model"), tree(root / "again", "model")
   assert {n for n in before if not np.array_equal(before[n], after[n])} == {DECODER}
   np.testing.assert_equal(tree(root / "again", "mlm"), tree(root / "maria", "mlm"))
+
+
+@pytest.mark.full
+def test_both_networks_come_from_imports(tmp_path, monkeypatch):
+  """A Qwen3 folder with a tied head and a LLaDA folder, one vocabulary: the second one's shape is its own."""
+  monkeypatch.setattr(tensors, "sync", lambda path: None)
+  for kind in ("qwen3_tied", "llada"):
+    src, _ = folders.make(tmp_path / kind, kind)
+    folders.tokenizer(src)
+    assert verb("import", src, tmp_path / f"{kind}_import")[0] == 0
+  status, _, err = verb(
+    "train", "--config", "language/maria:tiny", "--from", tmp_path / "qwen3_tied_import", "--workdir",
+    tmp_path / "run", f"init.beside.mlm.path={tmp_path / 'llada_import'}", "objective.mask_id=299",
+    "data.documents=20", "train.steps=1", "eval.every=0", "optim.lr=0.0", "optim.schedule={'kind':'constant'}",
+  )  # fmt: skip
+  assert status == 0, err
+  model, mlm = tree(tmp_path / "run", "model"), tree(tmp_path / "run", "mlm")
+  first, second = model["embed/tokens/embedding"].T, mlm["heads/text/kernel"]
+  want = np.concatenate([first[:, :300], second[:, :300]]).astype(np.float32) / 2
+  np.testing.assert_array_equal(model[DECODER][:, :300], want)
+  theirs = tree(tmp_path / "llada_import", "model")
+  assert mlm.keys() == theirs.keys()
+  for name, x in theirs.items():
+    np.testing.assert_array_equal(mlm[name], x, err_msg=name)
+  status, out, err = verb(
+    "sample", "--workdir", tmp_path / "run", "--suffix", "return", "--length", 24, "--json"
+  )
+  assert status == 0 and json.loads(out)["tokens"] > 0, err
 
 
 def test_shapes_that_are_not_there(tmp_path):

@@ -266,8 +266,8 @@ def test_refusals():
   cfg = lambda **kw: {"mlm": models.Model(dataclasses.replace(net.cfg, **kw))}
   with pytest.raises(ConfigError, match="width=40"):
     joint.check(model.cfg, cfg(width=40, num_heads=4, head_dim=8))
-  with pytest.raises(ConfigError, match="one vocabulary"):
-    joint.check(model.cfg, cfg(vocab=V + 1))
+  with pytest.raises(ConfigError, match="the same tokens"):
+    joint.check(dataclasses.replace(model.cfg, vocab=V + 1), {"mlm": net})
   with pytest.raises(ConfigError, match="soft cap"):
     joint.check(model.cfg, cfg(heads=(("text", models.Head(soft_cap=30.0)),)))
   with pytest.raises(ValueError, match="joint head names"):

@@ -27,32 +27,23 @@ def objective(**kw) -> Infill:
 
 
 @functools.cache
-def system():
-  """(model, network beside it, {"model", "mlm"} with the decoder as it starts, the model without that start).
-
-  The networks differ in width, depth and positions.
-  """
+def shapes():
+  """(model, network beside it), which differ in width, depth and positions."""
   section = dict(width=32, layers=2, num_heads=4, num_kv_heads=2, mlp=48, vocab=V, init_std=0.3)
   text = {"forbid": (MASK,)}
   head = {"kind": "joint", "beside": "mlm", "width": 24, "forbid": (MASK,)}
   model = models.build(section | {"heads": {"text": text, "infill": head}})
-  small = section | {
-    "width": 24,
-    "layers": 1,
-    "heads": {"text": text},
-    "rope": {"base": 500.0},
-    "vocab_multiple": 8,
-  }
-  net = models.NETS["backbone"](small).network(model)
-  with jax.ensure_compile_time_eval():
-    raw = {"model": jax.jit(model.init)(jax.random.key(1)), "mlm": jax.jit(net.init)(jax.random.key(2))}
-    joint.check(model.cfg, {"mlm": net})
-    return model, net, joint.start(model.cfg, {"mlm": net}, raw), raw
+  other = {"width": 24, "layers": 1, "heads": {"text": text}, "rope": {"base": 500.0}, "vocab_multiple": 8}
+  return model, models.NETS["backbone"](section | other).network(model)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _parameters():
-  system()
+@functools.cache
+def system():
+  """(model, network, {"model", "mlm"} with the decoder as it starts, the same without that start)."""
+  model, net = shapes()
+  raw = {"model": jax.jit(model.init)(jax.random.key(1)), "mlm": jax.jit(net.init)(jax.random.key(2))}
+  joint.check(model.cfg, {"mlm": net})
+  return model, net, joint.start(model.cfg, {"mlm": net}, raw), raw
 
 
 def with_decoder(trees, kernel):
@@ -256,7 +247,7 @@ def test_only_the_decoder_is_trained():
 
 
 def test_refusals():
-  model, net, *_ = system()
+  model, net = shapes()
   with pytest.raises(ValueError, match="clean stream"):
     Infill(corruption={"kind": "absorb"}, terms={"infill": TERMS["infill"] | {"on": "all"}}, mask_id=MASK)
   with pytest.raises(ValueError, match="whole stream"):

@@ -13,16 +13,11 @@ from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT
 from genmodels.models import joint
 from genmodels.sampling import partial, prompt_row
-from tests.objectives.test_infill import halves, objective, system, with_decoder
+from tests.objectives.test_infill import halves, objective, shapes, system, with_decoder
 from tests.objectives.test_text import MASK, V
 
 N = 14
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _parameters():
-  system()
 
 
 @functools.cache
@@ -155,7 +150,7 @@ def test_no_text_ends_inside_a_hole():
 
 
 def test_refusals():
-  model, net, *_ = system()
+  model, net = shapes()
   with pytest.raises(ConfigError, match="one by one"):
     sampling.build({"draft": "ngram"}, objective(), model, nets={"mlm": net})
   with pytest.raises(ConfigError, match="plain tokens"):

@@ -215,7 +215,7 @@ def draw(run: saved.Run, new: int, sampler: dict | None = None) -> dict:
     warnings.filterwarnings("ignore", message="sampler.block")  # other block sizes are the point
     made = saved.sampler_of(run.parts, run.step, section)
     row = saved.text_row(run.parts, made, PROMPTS, new)
-    got = jax.device_get(made(run.trees["model"], row, jax.random.key(int(run.cfg.seed))))
+    got = jax.device_get(made(saved.parameters(run.parts, run.trees), row, jax.random.key(int(run.cfg.seed))))
   rows = []
   for tokens, at, length in zip(got.tokens, got.committed_at, got.lengths):
     shown = range(1, int(length))  # behind BOS

@@ -140,8 +140,8 @@ class SpanIteration(Speculative):
     now = self.decide(row, key, out.dists[self.term], drafts, None, s.length).token[:, :, 0]
 
     live = exists & ~self.behind_eos(now)
-    same = (now == s.state) | ~live
-    same = same[:, :K].all(1) & ~s.done  # predictions are not made from the last token
+    # Settled where nothing changes that a prediction is made from: not the last token.
+    same = ((now == s.state)[:, :K] | ~live[:, 1:]).all(1) & ~s.done
     taken = live & same[:, None]
     column = jnp.where(s.done, K + 1, s.k)  # beyond the last one: not written
     here = jnp.arange(B)[:, None]

@@ -342,7 +342,7 @@ def test_fixed_points_teach_nothing():
   of = lambda codes: r.replace(docs=dataclasses.replace(r.docs, side={"codes": jnp.asarray(codes)}))
   (value, ratios), g = gradient("cllm")(params, of(same))
   assert value == 0 and ratios["kl/consistency"][1] == 0 and norm(g) == 0
-  for at, least, most in ((3, 0, 1e-5), (0, 1e-2, np.inf)):
+  for at, least, most in ((3, 0, 1e-4), (0, 1e-2, np.inf)):
     one = same.copy()
     for (lo, hi), _ in all_spans():
       if hi - lo == SPAN:
@@ -377,9 +377,9 @@ def test_temperature_and_refusals():
   r = row(B=1)
   hot = dataclasses.replace(objective("jacobi_forcing"), temperature=1e3)
   cold, _ = loss(objective("jacobi_forcing"), r, term="consistency")
-  # T → ∞: T² · H of two uniform laws over the V − 1 allowed classes.
+  # T → ∞: T² · the entropy of the uniform law over all classes but the mask.
   value, _ = loss(hot, r, term="consistency")
-  assert value / 1e6 == pytest.approx(np.log(MASK + 1), rel=1e-3) and abs(cold - value / 1e6) > 0.05
+  assert value / 1e6 == pytest.approx(np.log(MASK), rel=1e-3) and abs(cold - value / 1e6) > 0.05
   section = config.plain(config.load("language/cllm:tiny").objective)
   for wrong, words in (
     ({"since": "slot"}, "align='shift'"),

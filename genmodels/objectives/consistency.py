@@ -40,12 +40,15 @@ class Consistency(Objective):
       token (Jacobi Forcing).
     mean: over "tokens" that are kept, or over the "spans" that have any, of the means in each.
     temperature: T of both distributions; the loss is multiplied by T² (Hinton et al. 1503.02531).
+    smoothing: ε: the next-token loss in training is (1 − ε) · NLL + ε · the mean NLL of all classes (0.1 in
+      the code of CLLM's authors).
   """
 
   consistency: str = "consistency"
   since: Literal["token", "slot"] = "token"
   mean: Literal["tokens", "spans"] = "spans"
   temperature: float = 1.0
+  smoothing: float = 0.0
 
   def __post_init__(self):
     super().__post_init__()
@@ -63,8 +66,10 @@ class Consistency(Objective):
         f"terms.{self.consistency} is asked on the noisy stream with align={align!r} where "
         f"since={self.since!r}, and is no likelihood"
       )
-    if self.temperature <= 0:
-      raise ValueError(f"temperature is {self.temperature}; it must be positive")
+    if self.temperature <= 0 or not 0 <= self.smoothing < 1:
+      raise ValueError(
+        f"temperature is {self.temperature}, smoothing {self.smoothing}; positive, and a share below 1"
+      )
 
   def read(self, row: Row, noise: Noise, slots: Slots, term: Term) -> Array:
     """As Objective.read; the first token behind a prompt that is not copied is read from the clean stream."""
@@ -110,11 +115,14 @@ class Consistency(Objective):
     name = self.consistency
     own = {n: t for n, t in targets.items() if n not in (name, TAUGHT)}
     values = super().measured(outputs, own)
-    if name in targets:
-      taught = jax.lax.stop_gradient(outputs.dists[TAUGHT])
-      cross = outputs.dists[name].cross_entropy(taught, self.temperature)
-      values[name] = self.temperature**2 * cross
-    return values
+    if name not in targets:  # a likelihood
+      return values
+    if self.smoothing:
+      mean = outputs.dists[self.likelihood].map(_mean_nll)
+      values[self.likelihood] = (1 - self.smoothing) * values[self.likelihood] + self.smoothing * mean
+    taught = jax.lax.stop_gradient(outputs.dists[TAUGHT])
+    cross = outputs.dists[name].cross_entropy(taught, self.temperature)
+    return values | {name: self.temperature**2 * cross}
 
   def loss(self, outputs: Outputs, targets: dict[str, Target]) -> tuple[dict[str, Array], dict]:
     """As Objective.loss; "kl/…" in the ratios is the term less the teacher's entropy (no gradient)."""
@@ -126,3 +134,9 @@ class Consistency(Objective):
       excess = aux["ratios"][f"ce/{name}"][0] - jnp.sum((weight > 0) * entropy)
       aux["ratios"][f"kl/{name}"] = (excess, count)
     return sums, aux
+
+
+def _mean_nll(logits: Array) -> Array:
+  """float32[c]: mean of −ln p over the classes that are allowed, of logits float32[c, V]."""
+  some = logits > -jnp.inf
+  return jax.nn.logsumexp(logits, -1) - jnp.where(some, logits, 0).sum(-1) / some.sum(-1)

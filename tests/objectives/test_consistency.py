@@ -380,11 +380,23 @@ def test_temperature_and_refusals():
   # T → ∞: T² · the entropy of the uniform law over all classes but the mask.
   value, _ = loss(hot, r, term="consistency")
   assert value / 1e6 == pytest.approx(np.log(MASK), rel=1e-3) and abs(cold - value / 1e6) > 0.05
+  # Labels: a share ε is spread over all classes, in training alone.
+  smooth, (model, params) = dataclasses.replace(objective("cllm"), smoothing=0.1), trunk()
+  inputs, targets, _ = smooth.prepare(r, KEY, 3)
+  out = model.apply(params, inputs, targets)
+  logp = np.asarray(jax.nn.log_softmax(out.dists["ar"].map(lambda z: z)[..., :MASK], -1))
+  label = np.take_along_axis(logp, np.asarray(targets["ar"].value)[..., None], -1)[..., 0]
+  weight = np.asarray(targets["ar"].weight)
+  want = weight * (-0.9 * label - 0.1 * logp.mean(-1))
+  np.testing.assert_allclose(smooth.loss(out, targets)[1]["per_token"]["ar"], want, atol=1e-5)
+  alone = {"ar": targets["ar"]}
+  np.testing.assert_allclose(smooth.loss(out, alone)[1]["per_token"]["ar"], -weight * label, atol=1e-5)
   section = config.plain(config.load("language/cllm:tiny").objective)
   for wrong, words in (
     ({"since": "slot"}, "align='shift'"),
     ({"consistency": "soft"}, "the terms are"),
     ({"temperature": 0.0}, "positive"),
+    ({"smoothing": 1.0}, "share below 1"),
     ({"corruption": {"kind": "absorb"}}, "jacobi_state"),
   ):
     with pytest.raises(ConfigError, match=words):

@@ -83,7 +83,8 @@ def prompts(data: records.Dataset, options: Options, bos: int) -> Iterator[np.nd
     for doc in data.read(np.arange(lo, min(lo + 256, len(data)))):
       if doc is None:
         continue
-      given = doc.context_tokens() if not doc.spans else 0
+      asked = records.document_roles(len(doc.tokens), doc.context, doc.spans) != records.CONTEXT
+      given = int(np.argmax(asked)) if asked.any() else len(asked)
       own = given > int(len(doc.tokens) > 0 and int(doc.tokens[0]) == bos)
       starts = (0,) if own else range(0, len(doc.tokens), options.length)
       for start in starts:

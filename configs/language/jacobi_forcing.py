@@ -40,6 +40,8 @@ def get_config(variant: str = ""):
   )
   cfg.batch_size = 32
   if variant == "tiny":
+    # The trunk of language/ar:tiny, which it starts from: no biases, another RoPE base.
+    del cfg.model["bias"], cfg.model["rope"]
     sections.tiny_text(cfg)
     cfg.data = sections.packed_text(64)
     cfg.objective.corruption.update(span=8)

@@ -42,6 +42,7 @@ def given():
   return np.asarray(S.row().role == CONTEXT).sum(1)
 
 
+@pytest.mark.slow
 def test_fixed_points_are_greedy_decoding():
   """T19, for any first guess: the ids of greedy decoding, at most n forwards a span, its first i tokens right
   after i of them; the sampler's own temperature does not matter."""
@@ -101,7 +102,7 @@ def test_each_state_is_the_prediction_from_the_one_before():
   assert ok(got.tokens)[:, 9:].all() and not ok(wrong)[:, 11].any()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rows_end_at_eos():
   """A row ends with its first EOS, whatever stands behind it in a state (T23)."""
   want = greedy()
@@ -202,7 +203,7 @@ def test_collect_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     data.build(section(out, seq_len=32), batch_size=4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_collect_refuses_what_does_not_fit(run, tmp_path):
   source = collect._training_set(run)
   out = str(tmp_path / "out")
@@ -227,7 +228,7 @@ def test_collect_refuses_what_does_not_fit(run, tmp_path):
   assert [None if p is None else len(p) for p in found] == [5, 20, None]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_from_the_command_line(run, tmp_path, capsys):
   path = run.parts.data.readers[0].path.removesuffix("/train").rsplit("/data/", 1)[0]
   flags = [

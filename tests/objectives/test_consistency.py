@@ -169,7 +169,7 @@ def preparing(name):
   return jax.jit(lambda row: objective(name).prepare(row, KEY, 5))
 
 
-@pytest.mark.parametrize("name", ["cllm", pytest.param("jacobi_forcing", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["cllm", pytest.param("jacobi_forcing", marks=pytest.mark.full)])
 def test_first_divergence_and_weights(name):
   r = row()
   noise = drawing(name)(r, 5)
@@ -263,8 +263,8 @@ def test_seeded_masks_are_found():
   assert (code != np.asarray(obj.relations["full"].mask(obj.slots(r, noise)).to_dense()[0])).any()
 
 
-@pytest.mark.strict
-@pytest.mark.parametrize("name", HEAVY)
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
 def test_clean_stream_is_a_causal_model(name):
   """T25: the text's own states, to the bit, are those of plain causal attention, whatever the noisy stream."""
   r = row()

@@ -167,7 +167,7 @@ def run(tmp_path_factory):
 OPTIONS = collect.Options(span=8, length=48, prompt=12, most=40, repeats=0, batch=8, part=2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_collect_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
   """Interrupted in its third part, the same call ends with the same bytes; what it wrote, training reads."""
   source = collect._training_set(run)

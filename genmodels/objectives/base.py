@@ -515,6 +515,7 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.anchor import Anchored  # here: they import this module
+  from genmodels.objectives.consistency import Consistency
   from genmodels.objectives.distill import BlockDistill
   from genmodels.objectives.drafts import BlockDraft, MultiToken
   from genmodels.objectives.energy import EnergyNCE
@@ -534,6 +535,7 @@ def registry() -> dict[str, type]:
     "block_draft": BlockDraft,
     "block_policy": BlockPolicy,
     "anchored": Anchored,
+    "consistency": Consistency,
     "energy_nce": EnergyNCE,
     "esoteric": Esoteric,
     "next_token_image": NextTokenImage,

@@ -1,7 +1,7 @@
 """Matrix products of rows that are sorted by group, each group with a matrix of its own (mixture of experts).
 
-  pallas_tpu  a kernel of our own for TPU (`pallas_tpu_grouped`): the work of the rows, plus at most one part of
-              a tile per group, whatever the number of groups.
+  pallas_tpu  kernels of our own for TPU (`pallas_tpu_grouped`): the work of the rows, plus at most one part
+              of a tile per group.
   blocks      a loop over blocks of rows of one group each: the work of the rows, plus at most one block per
               group, on any backend.
   ragged      jax.lax.ragged_dot, as XLA takes it: a kernel on GPUs and on some TPU compilers, as many dense
@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("auto", "pallas_tpu", "ragged", "blocks")
 
 
 def resolve_grouped(implementation: str, x: Array | None = None, w: Array | None = None) -> str:
-  """The implementation that runs on `target.current()`: "auto" is "pallas_tpu" where it can run, else "blocks".
+  """What runs on `target.current()`: "auto" is "pallas_tpu" where that can run, else "blocks".
 
   Args:
     x, w: the operands of `grouped_matmul`, or their shapes; None asks of no shape in particular.

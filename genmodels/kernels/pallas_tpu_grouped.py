@@ -32,8 +32,9 @@ Array = jax.Array
 
 _MIB = 2**20
 _NN, _NT, _TN = ((((a,), (b,)), ((), ())) for a, b in ((1, 0), (1, 1), (0, 0)))
-_ROWS, _PART = 512, 128
-_BODY = 2**27  # multiply-accumulates of one straight line of code: 2,048 cycles of four 128 × 128 units
+_ROWS = 512
+_SHARE = 5 / 8  # of vector memory that is planned with; the limit that is set is 1.5 times what is planned
+_BODY = 2048  # cycles of one straight line of code, all matrix units busy
 
 
 class _Options(NamedTuple):
@@ -66,7 +67,7 @@ class WeightTiles(NamedTuple):
 
 
 def unavailable(M: int, E: int, D: int, F: int, dtype) -> str | None:
-  """Why these kernels cannot run x [M, D] · w [E, D, F] and its gradients on `target.current()`; None if so."""
+  """Why x [M, D] · w [E, D, F] or its gradients cannot run on `target.current()`; None if they can."""
   here = target.current()
   if reason := pallas_tpu.unavailable(here):
     return reason
@@ -75,8 +76,8 @@ def unavailable(M: int, E: int, D: int, F: int, dtype) -> str | None:
   if (entries := -(-M // _ROWS) + 4 * E) > MAX_ENTRIES:
     return f"its list of {entries} steps and groups does not fit scalar memory"
   made, size = chip(), jnp.dtype(dtype).itemsize
-  fits = product_tiles(M, D, F, size, made), product_tiles(M, F, D, size, made)
-  if None in (*fits, weight_tiles(M, D, F, size, made)):
+  tiles = (product_tiles, M, D, F), (product_tiles, M, F, D), (weight_tiles, M, D, F)
+  if not all(choose(max(rows, 1), a, b, size, made) for choose, rows, a, b in tiles):
     return f"{D} × {F} matrices are too wide for {made.vmem // _MIB} MiB of vector memory"
   return None
 
@@ -111,18 +112,19 @@ _multiply.defvjp(_forward, _backward)
 # -- tile sizes ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def product_tiles(M: int, K: int, N: int, itemsize: int, on: Chip) -> ProductTiles | None:
-  """The fewest blocks of columns that half the vector memory holds, whole rows and matrices beside them.
+  """The fewest blocks of columns that the vector memory holds, whole rows and matrices beside them.
 
   Every block of columns reads all rows again; matrices are read once. Chips whose cores share a device get
   at least a block a core. Tiles have 512 rows unless that leaves less than 512 columns.
   """
   best = None
-  for rows, part in _row_tiles(M):
+  for rows, part in _row_tiles(M, on):
     for columns in _blocks(N, on.cores):
-      chunk = _chunk(columns, part * K)
+      chunk = _chunk(columns, part * K, itemsize, on)
       blocks = [((rows, K), itemsize), ((K, columns), itemsize), ((rows, columns), itemsize)]
-      if _vmem(blocks, [], 2 * part * chunk * 4) <= on.vmem // 2:
+      if _vmem(blocks, [], 2 * part * chunk * 4) <= on.vmem * _SHARE:
         if best is None or columns > best.columns:
           best = ProductTiles(rows, columns, part, chunk)
         break
@@ -131,16 +133,17 @@ def product_tiles(M: int, K: int, N: int, itemsize: int, on: Chip) -> ProductTil
   return best
 
 
+@functools.cache
 def weight_tiles(M: int, D: int, F: int, itemsize: int, on: Chip) -> WeightTiles | None:
-  """The blocks that read the rows the fewest times, sums in float32 included, in half the vector memory."""
+  """The blocks that read the rows the fewest times, sums in float32 included."""
   best, least = None, None
-  for rows, part in _row_tiles(M):
+  for rows, part in _row_tiles(M, on):
     for outputs in _blocks(F, on.cores):
       for inputs in _blocks(D, 1):
-        chunk = _chunk(inputs, rows * outputs)
+        chunk = _chunk(inputs, rows * outputs, itemsize, on)
         blocks = [((rows, inputs), itemsize), ((rows, outputs), itemsize), ((inputs, outputs), itemsize)]
         temporaries = 2 * chunk * outputs * 4 + rows * (chunk + outputs) * 4
-        if _vmem(blocks, [((inputs, outputs), 4)], temporaries) <= on.vmem // 2:
+        if _vmem(blocks, [((inputs, outputs), 4)], temporaries) <= on.vmem * _SHARE:
           traffic = D * -(-F // outputs) + F * -(-D // inputs)
           if least is None or traffic < least:
             best, least = WeightTiles(rows, inputs, outputs, part, chunk), traffic
@@ -148,13 +151,13 @@ def weight_tiles(M: int, D: int, F: int, itemsize: int, on: Chip) -> WeightTiles
   return best
 
 
-def _row_tiles(M: int) -> list[tuple[int, int]]:
-  """(rows, part) to try: 512 and less, or all M rows and a few of padding."""
-  if M <= _PART:
+def _row_tiles(M: int, on: Chip) -> list[tuple[int, int]]:
+  """(rows, part) to try: 512 and less in parts of a matrix unit's edge; or all M rows and some padding."""
+  if M <= on.mxu:
     rows = -(-M // 16) * 16
     return [(rows, rows)]
-  least = min(_ROWS, -(-M // _PART) * _PART)
-  return [(rows, _PART) for rows in (least, 256, _PART) if rows <= least]
+  most = min(_ROWS, -(-M // on.mxu) * on.mxu)
+  return [*((rows, on.mxu) for rows in range(most, 0, -on.mxu)), (LANES, LANES)]
 
 
 def _blocks(width: int, cores: int) -> list[int]:
@@ -165,12 +168,21 @@ def _blocks(width: int, cores: int) -> list[int]:
   return sorted(set(found), reverse=True)
 
 
-def _chunk(width: int, macs: int) -> int:
-  """The widest equal part, in whole lanes, with at most _BODY products at `macs` a column; else 128."""
-  if width % LANES:
+def _chunk(width: int, macs: int, itemsize: int, on: Chip) -> int:
+  """Width of the parts that take at most _BODY cycles at `macs` products a column, or a matrix unit's.
+
+  Equal parts if that at most halves them, because a shorter last one has code of its own.
+  """
+  cycles = macs * (6 if itemsize == 4 else 1)  # float32 is multiplied in six passes
+  most = max(on.mxu, _BODY * 4 * on.mxu**2 // cycles // on.mxu * on.mxu)
+  if width <= most:
     return width
-  lanes = width // LANES
-  return LANES * max(n for n in range(1, lanes + 1) if lanes % n == 0 and (n == 1 or n * LANES * macs <= _BODY))
+  for unit in (on.mxu, LANES):
+    for n in range(most, most // 2, -unit):
+      if width % n == 0:
+        return n
+  parts = -(-width // most)
+  return -(-width // (parts * on.mxu)) * on.mxu
 
 
 def _vmem(blocks, scratch, temporaries: int) -> int:
@@ -240,18 +252,23 @@ def _of(group_rows, size: int, offset):
 
 
 def _each(first, stop, size: int, whole: int, body) -> None:
-  """body(slice) for every aligned slice of `size` that meets [first, stop) of `whole`."""
-  if size == whole:
-    return body(pl.ds(0, whole), 0)
+  """body(slice, its start) for every aligned slice of `size` of `whole` that meets [first, stop).
 
-  def step(i, _):
-    at = pl.multiple_of(i * size, size)
-    body(pl.ds(at, size), at)
-    return 0
+  A last slice that is shorter has code of its own, and comes whenever stop > first.
+  """
+  aligned = whole // size * size
+  if size < whole:
 
-  size_ = jnp.int32(size)
-  first, stop = jax.lax.div(jnp.int32(first), size_), jax.lax.div(jnp.int32(stop) + (size - 1), size_)
-  jax.lax.fori_loop(first, stop, step, 0)
+    def step(i, _):
+      at = pl.multiple_of(i * size, size)
+      body(pl.ds(at, size), at)
+      return 0
+
+    first, stop = jnp.int32(first), jnp.minimum(stop, aligned)
+    jax.lax.fori_loop(jax.lax.div(first, size), jax.lax.div(stop + (size - 1), size), step, 0)
+    if aligned == whole:
+      return
+  body(pl.ds(aligned % whole, whole - aligned % whole), aligned % whole)
 
 
 def _product_kernel(group, origin, start, end, x, w, y, *, tiles: ProductTiles, transposed: bool):
@@ -352,7 +369,7 @@ def _product(options: _Options, x: Array, w: Array, sizes: Array, transposed: bo
 
 def _weights(options: _Options, x: Array, g: Array, w: Array, sizes: Array) -> Array:
   """Σ over the rows of each group of x [M, D] ⊗ g [M, F]: [E, D, F], summed in float32; zero without rows."""
-  (M, D), (E, _, F) = x.shape, w.shape
+  M, (_, D, F) = x.shape[0], w.shape
   tiles = weight_tiles(M, D, F, x.dtype.itemsize, options.chip)
   steps, count = _steps(sizes, M, tiles.rows, every_group=True)
   x, g = _whole(x, tiles.rows), _whole(g, tiles.rows)

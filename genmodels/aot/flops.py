@@ -8,7 +8,8 @@ layers, micro-batches and the recomputation of remat are in. Attention counts by
 implementation visits: 2 · heads · head size for each visible pair and each product of an attention pass (two
 forward, five backward). A loop whose length is data, the output head's over chunks of scored positions, runs
 as often as a batch asks. Other kernels count what they tell XLA that they cost. Branches of a `cond` count as
-the dearest one, always taken. Elementwise work, norms, softmax and an optimiser without products count nothing.
+the dearest one, always taken. Elementwise work, norms, softmax and an optimiser without products count
+nothing.
 
 Nothing is compiled and no array of the model is made: an 8B step is counted in seconds on a laptop.
 """

@@ -11,7 +11,7 @@ parts that the group has rows in are worked off. No dimension of the sum is cut:
 once for each block of columns, and with the default sizes there is one), and no sum is kept in `product`.
 
 Legend: M rows · E groups · D inputs · F outputs · K summed dimension of a product, N its columns · m rows
-of a tile · p rows of a part · n columns of a block · S steps.
+of a tile · S steps.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from genmodels.kernels import pallas_tpu, target
+from genmodels.kernels.pallas_tpu_bodies import dot
 from genmodels.kernels.pallas_tpu_lists import LANES, MAX_ENTRIES, Chip, chip
 from genmodels.kernels.varying import axes_of, vary
 
@@ -239,12 +240,6 @@ def _steps(sizes: Array, M: int, rows: int, every_group: bool) -> tuple[_Steps, 
 # -- kernels ------------------------------------------------------------------------------------------
 
 
-def _dot(a, b, dimensions):
-  # A chip multiplies float32 in one bfloat16 pass unless told otherwise.
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _of(group_rows, size: int, offset):
   """bool[size, 1], whether row `offset + i` of the tile is of the group."""
   at = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) + offset
@@ -285,9 +280,9 @@ def _product_kernel(group, origin, start, end, x, w, y, *, tiles: ProductTiles, 
 
     def chunk(columns, _):
       if transposed:
-        made = _dot(x[rows, :], w[columns, :], _NT)
+        made = dot(x[rows, :], w[columns, :], _NT)
       else:
-        made = _dot(x[rows, :], w[:, columns], _NN)
+        made = dot(x[rows, :], w[:, columns], _NN)
       old = y[rows, columns].astype(jnp.float32)
       y[rows, columns] = jnp.where(inside, made, old).astype(y.dtype)
 
@@ -312,7 +307,7 @@ def _weights_kernel(group, origin, start, end, x, g, dw, acc, *, tiles: WeightTi
     own = (lambda a: jnp.where(inside, a.astype(jnp.float32), 0).astype(a.dtype)) if masked else (lambda a: a)
 
     def chunk(inputs, _):
-      made = _dot(own(x[rows, inputs]), own(g[rows, :]), _TN)
+      made = dot(own(x[rows, inputs]), own(g[rows, :]), _TN)
       acc[inputs, :] = made + jnp.where(new, 0, acc[inputs, :])
 
     _each(0, tiles.inputs, tiles.chunk, tiles.inputs, chunk)

@@ -30,18 +30,19 @@ def section(seq_len, *overrides):
   )  # fmt: skip
 
 
-ARRAY = re.compile(r"\b(?:pred|[a-z]+\d+\w*)\[([\d,]+)\]")
+ARRAY = re.compile(r"tensor<((?:\d+x)+)[a-z]+\d*\w*>")
 
 
 def largest(text):
-  """Elements of the largest array in a compiled program's text, and its dimensions."""
-  return max((math.prod(dims), dims) for dims in {tuple(map(int, d.split(","))) for d in ARRAY.findall(text)})
+  """Elements of the largest array in a lowered program's text, and its dimensions."""
+  found = {tuple(map(int, dims.rstrip("x").split("x"))) for dims in ARRAY.findall(text)}
+  return max((math.prod(dims), dims) for dims in found)
 
 
 def test_the_largest_array_of_a_text_is_found():
-  text = "%a.1 = (bf16[2,8]{1,0:T(8,128)(2,1)}, f8e4m3fn[3,5]) f(pred[17], s32[])\n  ROOT %b = f32[4,4]{1,0} g(%a.1)"
+  text = "%1:2 = f(%0) : (tensor<2x8xbf16>, tensor<i32>) -> (tensor<17xi1>, tensor<3x5xf8E4M3FN>)"
   assert largest(text) == (17, (17,))
-  assert largest(text.replace("[17]", "[1]")) == (16, (4, 4))
+  assert largest(text.replace("<17x", "<1x")) == (16, (2, 8))
 
 
 needs_libtpu = pytest.mark.skipif(topology.missing() is not None, reason=topology.missing() or "")
@@ -62,12 +63,13 @@ def test_the_training_step_compiles(chip, slots):
   devices = aot.devices(TOPOLOGIES[chip])
   program = aot.program(section(slots * 512, f"batch_size={len(devices) // 2}"), devices)
   assert program.parts.attention.startswith("pallas_tpu (auto: the kernel of TPU")
-  compiled = program.lower().compile()
-  memory = compiled.memory_analysis()
+  lowered = program.lower()
   row = slots * 1024  # a row a device
-  elements, dims = largest(compiled.as_text())
-  # Activations are seen: a row times half of the MLP's 2,048 hidden units (tensor=2), or more.
-  assert row * 1024 <= elements < row**2, dims
+  # Of the whole batch; jaxlib cannot read what libtpu 0.0.52 makes of it for every chip.
+  elements, dims = largest(lowered.as_text())
+  assert row * 2048 <= elements < row**2, dims  # activations of the MLP are seen
+  memory = lowered.compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 2 * row**2, "room for the scores of one head in bfloat16"
   held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert held < topology.chip(chip).hbm, f"{held / 2**30:.2f} GiB"
   # The state is donated: what goes in comes out in place.

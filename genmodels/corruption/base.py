@@ -154,6 +154,10 @@ class Corruption:
     del key, step, bound
     return row
 
+  def symbolic(self, row: Row) -> Row:
+    """A row that stands for data in `laws.check`: here as it is; with the side tables that draws read."""
+    return row
+
   def dropped(self, row: Row, key: Array, at, bound: tuple | None = None) -> Array | None:
     """bool[B, D]: documents whose conditions this draw drops, one draw per document; None: none are."""
     if self.drop == 0 or bound is not None:

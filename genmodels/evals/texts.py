@@ -140,7 +140,7 @@ class TextModel:
     self.rows = -(-cfg.batch_size // shards) * shards
     self.speed = Speed()
     self._seen: set = set()
-    objective, _ = at_step(run.parts.objective, run.step, cfg.block)
+    objective = at_step(run.parts.objective, run.step, cfg.block)[0].of_texts()
     with rules.use_mesh(run.mesh):
       fns = system.functions(run.parts.cfg, run.parts.exact)
       self.likelihood = Likelihood(objective, fns, run.parts.latent, cfg.draws)
@@ -245,7 +245,7 @@ class TextModel:
     """(negative log-likelihood, its standard error, tokens, greedy), [B] each."""
     run, key = self.run, jax.random.key(self.cfg.seed)
     with rules.use_mesh(run.mesh):
-      row = system.row_of(self._global(batch))
+      row = system.row_of(multihost.whole_batch(batch, run.mesh))
       if self.exact:
         nll, tokens, greedy = jax.device_get(self._exact(run.trees, row, key))
         return nll[:, 0].astype(np.float64), np.zeros(len(nll)), tokens[:, 0], greedy[:, 0]
@@ -273,11 +273,6 @@ class TextModel:
       per_doc(row.doc, jnp.where(asked, x, 0).astype(jnp.float32), D) for x in (nll, asked, wrong)
     )
     return nll, tokens, wrong == 0
-
-  def _global(self, batch):
-    ranges = multihost.row_ranges(rules.row_sharding(self.run.mesh), self.rows)
-    mine = {k: np.concatenate([v[a:b] for a, b in ranges]) for k, v in batch.items()}
-    return multihost.global_batch(mine, self.run.mesh, self.rows)
 
   # -- generation -----------------------------------------------------------------------------------
 
@@ -334,7 +329,7 @@ class TextModel:
     shape = id(sampler), N, sampler.prefill_width(row)
     with rules.use_mesh(self.run.mesh):
       start = time.perf_counter()
-      got = sampler(self.run.trees["model"], row, jax.random.key(self.cfg.seed))
+      got = sampler(runs.parameters(self.run.parts, self.run.trees), row, jax.random.key(self.cfg.seed))
       got = jax.device_get(jax.block_until_ready(got))
       seconds = time.perf_counter() - start
     out = []

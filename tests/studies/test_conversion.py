@@ -1,11 +1,14 @@
 """The conversion study without its hours: configs, estimate, corpus, report; a small one whole in test-full."""
 
+import io
 import json
 
 import jax
 import pytest
 
 from genmodels import config
+from genmodels.quickstart import run
+from genmodels.quickstart.live import Live
 from genmodels.studies import conversion, conversion_report, corpus
 
 
@@ -47,17 +50,28 @@ def test_the_estimate_grows_with_what_is_asked():
     conversion.Options(recipes=("bd4",))
 
 
+def test_stages_are_read_back_and_other_options_refused(tmp_path):
+  def open_(**kw):
+    return run.Stages(tmp_path, conversion.Options(**kw), Live(io.StringIO()), ["data"])
+
+  assert open_()("data", "data", lambda: {"found": 1})["found"] == 1
+  assert open_()("data", "data", lambda: {"found": 2})["found"] == 1
+  with pytest.raises(config.ConfigError, match="begun with"):
+    open_(block=16)
+
+
 def test_the_report_shows_every_number():
   like = lambda x: {"bits_per_byte": x, "stderr": 0.1, "tokens": 100, "bytes": 200}
   point = {
     "setting": "tau=0.5", "tokens_per_forward": 2.5, "tokens_per_second": None, "bits_per_byte": 1.75,
     "stderr": 0.05, "entropy": 6.5, "repeated": 0.125,
   }  # fmt: skip
-  run = {"tokens": 1000, "steps": 10, "step_seconds": 2.0, "parameters": 5000}
+  run = {"tokens": 1000, "steps": 10, "parameters": 5000}
   summary = {
     "options": {"block": 8, "prompts": 3},
     "data": {s: {"tokens": 9, "documents": 2, "vocab_size": 4} for s in ("train", "heldout")} | {"sources": {"x": 3}},
-    "runs": {"ar": run, "bd3lm": run | {"step_seconds": 5.0}},
+    "runs": {"ar": run, "bd3lm": run},
+    "pace": {"ar": {"step_seconds": 2.0}, "bd3lm": {"step_seconds": 5.0}},
     "likelihood": {
       "ar": {"exact": True, "blocks": {"0": like(1.5)}, "ar": None},
       "bd3lm": {"exact": False, "blocks": {"4": like(1.625), "8": like(1.875)}, "ar": like(2.0)},
@@ -69,7 +83,7 @@ def test_the_report_shows_every_number():
   page = conversion_report.page(summary)
   for text in (
     "| BD3-LM | 2.000 ± 0.050 | 1.625 ± 0.050 | 1.875 ± 0.050 |",
-    "2.50× | 3 MiB (3.00×)",
+    "5.000 | 2.50× | 3 MiB (3.00×)",
     "12.5%",
     "1.250",
   ):
@@ -108,3 +122,4 @@ def test_a_small_study(tmp_path, capsys):
   assert set(first["likelihood"]["nbdiff"]["blocks"]) == {"1", "2", "4", "8", "16", "32"}
   assert first["likelihood"]["tidar"]["exact"] and first["likelihood"]["nbdiff"]["ar"]
   assert first["memory"]["llada"]["temp_bytes"] > 0
+  assert all(first["pace"][n]["step_seconds"] > 0 and first["pace"][n]["steps"] == 12 for n in first["runs"])

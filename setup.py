@@ -30,7 +30,9 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-  "tpu": ["libtpu>=0.0.51; sys_platform == 'linux' and platform_machine == 'x86_64'"],
+  # A compiler: its release changes what a kernel costs, and what is one at all. Schedules are recorded of
+  # these (tests/aot/bundles.json); `python -m tests.aot.bundles` records another.
+  "tpu": ["libtpu>=0.0.51,<0.0.53; sys_platform == 'linux' and platform_machine == 'x86_64'"],
   "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
   "parity": ["torch==2.13.0", "transformers>=5", "peft>=0.17"],
   "audio": ["soundfile>=0.12"],

@@ -7,8 +7,9 @@ Every product (dot_general) counts 2·m·n·k times how often it runs: the lengt
 layers, micro-batches and the recomputation of remat are in. Attention counts by pairs, whatever tiles an
 implementation visits: 2 · heads · head size for each visible pair and each product of an attention pass (two
 forward, five backward). A loop whose length is data, the output head's over chunks of scored positions, runs
-as often as a batch asks. Branches of a `cond` count as the dearest one, always taken. Elementwise work,
-norms, softmax and an optimiser without products count nothing.
+as often as a batch asks. Other kernels count what they tell XLA that they cost. Branches of a `cond` count as
+the dearest one, always taken. Elementwise work, norms, softmax and an optimiser without products count
+nothing.
 
 Nothing is compiled and no array of the model is made: an 8B step is counted in seconds on a laptop.
 """
@@ -93,6 +94,8 @@ def count(
     elif name == "dot_general":
       flops = _dot(eqn)
       total += Count(matmul=flops, head=flops if _in(HEAD, scope) else 0.0)
+    elif name == "pallas_call" and eqn.params["cost_estimate"] is not None:
+      total += Count(matmul=float(eqn.params["cost_estimate"].flops))  # its loops are over data
     else:
       total += _nested(eqn, scope, trips)
   return total

@@ -1,9 +1,11 @@
 """Matrix products of rows that are sorted by group, each group with a matrix of its own (mixture of experts).
 
-  ragged  jax.lax.ragged_dot. On TPU one kernel whose work does not depend on the number of groups; XLA:CPU
-          expands it to as many dense products as there are groups.
-  blocks  a loop over blocks of rows of one group each: the work of the rows, plus at most one block per
-          group, on any backend.
+  pallas_tpu  kernels of our own for TPU (`pallas_tpu_grouped`): the work of the rows, plus at most one part
+              of a tile per group.
+  blocks      a loop over blocks of rows of one group each: the work of the rows, plus at most one block per
+              group, on any backend.
+  ragged      jax.lax.ragged_dot, as XLA takes it: a kernel on GPUs and on some TPU compilers, as many dense
+              products as there are groups on XLA:CPU and on others (libtpu 0.0.52 for v5e, v6e, TPU7x).
 
 Legend: M rows · E groups · D inputs · F outputs · m rows of a block.
 """
@@ -18,20 +20,37 @@ from genmodels.kernels.varying import axes_of, vary
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("auto", "ragged", "blocks")
+IMPLEMENTATIONS = ("auto", "pallas_tpu", "ragged", "blocks")
 
 
-def resolve_grouped(implementation: str) -> str:
-  """ "auto" is "ragged" on TPU, "blocks" elsewhere.
+def resolve_grouped(implementation: str, x: Array | None = None, w: Array | None = None) -> str:
+  """What runs on `target.current()`: "auto" is "pallas_tpu" where that can run, else "blocks".
+
+  Args:
+    x, w: the operands of `grouped_matmul`, or their shapes; None asks of no shape in particular.
 
   Raises:
-    ValueError: an unknown name.
+    ValueError: an unknown name, or "pallas_tpu" where it cannot run (the reason, the fix).
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"grouped product: {implementation!r} is unknown; one of {', '.join(IMPLEMENTATIONS)}")
-  if implementation != "auto":
+  if implementation in ("ragged", "blocks"):
     return implementation
-  return "ragged" if current().platform == "tpu" else "blocks"
+  if implementation == "auto" and current().platform != "tpu":
+    return "blocks"
+  if (reason := _unavailable(x, w)) is None:
+    return "pallas_tpu"
+  if implementation == "auto":
+    return "blocks"
+  raise ValueError(f"grouped product: 'pallas_tpu' cannot run here: {reason}; use 'auto' or 'blocks'")
+
+
+def _unavailable(x: Array | None, w: Array | None) -> str | None:
+  from genmodels.kernels import pallas_tpu, pallas_tpu_grouped
+
+  if x is None or w is None:
+    return pallas_tpu.unavailable(current())
+  return pallas_tpu_grouped.unavailable(x.shape[0], *w.shape, x.dtype)
 
 
 def grouped_matmul(x: Array, w: Array, sizes: Array, implementation: str = "auto") -> Array:
@@ -41,21 +60,26 @@ def grouped_matmul(x: Array, w: Array, sizes: Array, implementation: str = "auto
     x: [M, D], the rows of group 0 first, then those of group 1, …
     w: [E, D, F].
     sizes: int32[E], rows of each group; rows beyond their sum belong to none.
-    implementation: one of IMPLEMENTATIONS.
+    implementation: one of IMPLEMENTATIONS, see `resolve_grouped`.
 
   Returns:
     [M, F] in x's dtype, accumulated in float32; exactly zero for rows of no group, which get and give no
     gradient.
 
   Raises:
-    ValueError: shapes that do not fit, or an unknown implementation.
+    ValueError: shapes that do not fit, an unknown implementation, or one that cannot run here.
   """
   if x.ndim != 2 or w.ndim != 3 or w.shape[1] != x.shape[1] or sizes.shape != w.shape[:1]:
     raise ValueError(
       f"grouped product: expected x [M, D], w [E, D, F], sizes [E]; got {x.shape}, {w.shape}, {sizes.shape}"
     )
   w = w.astype(x.dtype)
-  if resolve_grouped(implementation) == "blocks":
+  chosen = resolve_grouped(implementation, x, w)
+  if chosen == "pallas_tpu":
+    from genmodels.kernels import pallas_tpu_grouped
+
+    return pallas_tpu_grouped.multiply(x, w, sizes)
+  if chosen == "blocks":
     axes = axes_of((x, w, sizes))
     return _blocks(*vary((x, w, sizes), axes))
   # A kernel may leave rows of no group as it found them, forward and backward.

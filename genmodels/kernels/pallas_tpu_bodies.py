@@ -45,7 +45,7 @@ def forward_kernel(entries, q, k, v, code, bounds, out, lse, limits, top, total,
     shrink = jnp.exp2(old - new)
     top[...] = new
     total[...] = shrink * total[...] + _lane_sums(p)
-    acc[...] = acc[...] * _wide(shrink, acc.shape[1]) + _dot(
+    acc[...] = acc[...] * _wide(shrink, acc.shape[1]) + dot(
       p.astype(q.dtype), v[keys, :].astype(q.dtype), _NN
     )
 
@@ -78,9 +78,9 @@ def grad_queries_kernel(entries, q, k, v, d_out, stats, code, bounds, dq, limits
       t = 2 * layout.term_of(entry)
       s = jnp.where(code[:, keys] - _wide(limits[t], part) < _wide(limits[t + 1], part), s, _MASKED)
     p = jnp.exp2(s - _wide(columns[0], part))
-    ds = p * (_dot(d_out[...], v[keys, :], _NT) - _wide(columns[1], part))
+    ds = p * (dot(d_out[...], v[keys, :], _NT) - _wide(columns[1], part))
     ds = ds if slope is None else ds * slope
-    acc[...] += _dot(ds.astype(k.dtype), k[keys, :], _NN)
+    acc[...] += dot(ds.astype(k.dtype), k[keys, :], _NN)
 
   _each_part(layout, entry, body)
 
@@ -105,10 +105,10 @@ def grad_keys_kernel(entries, q, k, v, d_out, stats, code, bounds, dk, dv, codes
     if masked:
       s = jnp.where(_wide(codes[keys, :], s.shape[1]) - bounds[:1] < bounds[1:], s, _MASKED)
     p = jnp.exp2(s - stats[:1])
-    dv_acc[keys, :] += _dot(p.astype(d_out.dtype), d_out[...], _NN)
-    ds = p * (_dot(v[keys, :], d_out[...], _NT) - stats[1:])
+    dv_acc[keys, :] += dot(p.astype(d_out.dtype), d_out[...], _NN)
+    ds = p * (dot(v[keys, :], d_out[...], _NT) - stats[1:])
     ds = ds if slope is None else ds * slope
-    dk_acc[keys, :] += _dot(ds.astype(q.dtype), q[...], _NN)
+    dk_acc[keys, :] += dot(ds.astype(q.dtype), q[...], _NN)
 
   _each_part(layout, entry, body)
 
@@ -122,7 +122,8 @@ _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
 
 
-def _dot(a, b, dimensions):
+def dot(a, b, dimensions):
+  """a · b as dot_general has it, summed in float32."""
   # A chip multiplies float32 in one bfloat16 pass unless told otherwise.
   precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -130,7 +131,7 @@ def _dot(a, b, dimensions):
 
 def _logits(options, a, b):
   """Logits in base 2, and the slope of the soft-cap (None without one)."""
-  s = _dot(a, b, _NT)
+  s = dot(a, b, _NT)
   if options.soft_cap is None:
     return s * (options.scale * LOG2E), None
   ratio = jnp.tanh(s * (options.scale / options.soft_cap))

@@ -185,24 +185,28 @@ class Chip:
   Attributes:
     vmem: bytes of vector memory of a core (jax's tpu_info).
     fwd, bwd: tiles (q, k) of rows up to 16k tokens; longer rows take `long`.
+    cores: TensorCores that share a device, and with it the parallel part of a grid.
+    mxu: rows and columns of a matrix unit; a core does 4 · mxu² multiply-accumulates a cycle.
   """
 
   vmem: int
   fwd: tuple[int, int]
   bwd: tuple[int, int]
   long: tuple[int, int]
+  cores: int = 1
+  mxu: int = 128
 
 
 _MIB = 2**20
 # By the start of jax's device_kind, the first match wins. 1024 × 1024 is what a 256-wide matrix unit needs;
 # 512 × 1024 in two parts costs a 128-wide one what two tiles of 512 × 512 do, in half the grid steps.
 _CHIPS = {
-  "TPU v4": Chip(16 * _MIB, (512, 512), (512, 512), (512, 512)),
+  "TPU v4": Chip(16 * _MIB, (512, 512), (512, 512), (512, 512), 2),
   "TPU v5 lite": Chip(128 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
   "TPU v5e": Chip(128 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
-  "TPU v5": Chip(64 * _MIB, (512, 1024), (512, 1024), (1024, 1024)),
-  "TPU v6": Chip(128 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024)),
-  "TPU7": Chip(64 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024)),
+  "TPU v5": Chip(64 * _MIB, (512, 1024), (512, 1024), (1024, 1024), 2),
+  "TPU v6": Chip(128 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024), 1, 256),
+  "TPU7": Chip(64 * _MIB, (1024, 1024), (1024, 1024), (1024, 1024), 1, 256),
 }
 _UNKNOWN = Chip(64 * _MIB, (512, 1024), (512, 1024), (1024, 1024))
 _LONG = 16 * 1024

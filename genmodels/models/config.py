@@ -289,7 +289,7 @@ class TrunkConfig:
     num_heads, num_kv_heads (None: num_heads), head_dim (None: width/num_heads).
     mlp: hidden size of the MLP. activation: "silu", "gelu", "gelu_tanh". gated: SwiGLU/GeGLU form.
     moe: experts of the layers whose LayerSpec.mlp is "moe", None without any. expert_matmul: their grouped
-      product, "auto", "ragged" or "blocks", see `kernels.grouped`.
+      product, "auto", "pallas_tpu", "ragged" or "blocks", see `kernels.grouped`.
     vocab: size of the token table, 0 for none; vocab_multiple: pad it to a multiple (padded entries
       have probability 0 and no gradient).
     tables: further id tables, name → size; channel k of `Inputs.ids` indexes `channels[k]`.
@@ -325,7 +325,7 @@ class TrunkConfig:
   mlp: int
   vocab: int = 0
   moe: Moe | None = None
-  expert_matmul: Literal["auto", "ragged", "blocks"] = "auto"
+  expert_matmul: Literal["auto", "pallas_tpu", "ragged", "blocks"] = "auto"
   num_kv_heads: int | None = None
   head_dim: int | None = None
   vocab_multiple: int = 1

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import aot, config
+from genmodels import aot, config, kernels
 from genmodels.aot import flops
 from genmodels.contracts import CONTEXT, TEXT, token_row
 
@@ -61,6 +61,13 @@ def test_loops_of_unknown_length_are_asked_for():
     counted(fn, X, 3)
   got = counted(fn, X, 3, trips=lambda scope: 2.5 if "head" in scope else None)
   assert got.matmul == got.head == 2.5 * ONE
+
+
+def test_kernels_count_what_they_say():
+  x, w = jnp.zeros((M, K), jnp.bfloat16), jnp.zeros((4, K, N), jnp.bfloat16)
+  loss = lambda x, w: kernels.grouped_matmul(x, w, jnp.asarray([5, 0, 1, 1])).sum()
+  with kernels.building_for(kernels.Target("tpu", "TPU v5p")):
+    assert counted(jax.grad(loss, (0, 1)), x, w).matmul == 3 * 2 * M * K * N  # not 4 matrices' worth
 
 
 def test_attention_counts_passes_not_tiles():

@@ -56,7 +56,7 @@ RECIPES = {
   "scratch_all": ("mdlm", "", 1),  # the tokens of the AR model and of a conversion together
 }
 BLOCKS = (1, 2, 4, 8, 16, 32)
-TAU = 0.2  # small models are seldom surer
+TAUS = (0.05, 0.1, 0.2)  # small models are seldom surer
 STEPS = (8, 16, 32, 64)  # of NEW tokens, and of as many in blocks
 GIVEN, NEW = 32, 64
 DRAWS = 8  # of a likelihood bound
@@ -306,11 +306,12 @@ def _curve(name: str, opened, options: Options) -> dict:
   elif objective.corruption.blocks.whole:
     settings = [(f"steps={s}", {"quota": {"kind": "linear", "steps": s}, "sub_block": 0}) for s in STEPS]
   else:
-    steps = {s: s * options.block // NEW for s in STEPS if s * options.block >= NEW}
-    settings = [
-      (f"steps={s}", {"quota": {"kind": "linear", "steps": n}, "score": "prob"}) for s, n in steps.items()
-    ]
-    settings += [(f"tau={TAU}", {"quota": {"kind": "threshold", "tau": TAU}, "score": "prob"})]
+    quotas = {f"tau={t}": {"kind": "threshold", "tau": t} for t in TAUS}
+    if model.run.parts.cfg.sampler.get("active", "blocks") == "blocks":  # a moving window has no fixed steps
+      steps = {s: s * options.block // NEW for s in STEPS if s * options.block >= NEW}
+      quotas = {f"steps={s}": {"kind": "linear", "steps": n} for s, n in steps.items()}
+      quotas[f"tau={TAUS[-1]}"] = {"kind": "threshold", "tau": TAUS[-1]}
+    settings = [(name, {"quota": quota, "score": "prob"}) for name, quota in quotas.items()]
   points = []
   for setting, section in settings:
     point = curve.measure(judge, model, name, "", setting, {**section, **common}, prompts, NEW)

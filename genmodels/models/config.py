@@ -309,6 +309,8 @@ class TrunkConfig:
     lora: adapters or None.
     anchor: layers of a network before this one on the same embeddings, whose head "anchor" predicts tokens; a
       matrix, 0 at first, of the mean embedding under its prediction is added to this one's input (ADLM).
+    watch: layers whose outputs a call with a cache returns (`Outputs.layers["taps"]`) besides those that
+      heads read.
   """
 
   width: int
@@ -357,6 +359,7 @@ class TrunkConfig:
   context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
   anchor: int = 0
+  watch: tuple[int, ...] = ()
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -413,6 +416,8 @@ class TrunkConfig:
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):
         raise ValueError(f"head {name!r}: forbid={head.forbid} is outside of 0..{size - 1}")
+    if any(not 0 <= i < self.layers for i in self.watch):
+      raise ValueError(f"watch={self.watch} is outside of the {self.layers} layers")
     if self.attention_tiles is not None and (
       len(self.attention_tiles) != 2
       or min(self.attention_tiles) < 8
@@ -467,8 +472,8 @@ class TrunkConfig:
 
   @property
   def taps(self) -> tuple[int, ...]:
-    """Layers whose outputs heads read, ascending."""
-    return tuple(sorted({i for _, head in self.heads for i in head.taps}))
+    """Layers whose outputs heads read, or `watch` names, ascending."""
+    return tuple(sorted({i for _, head in self.heads for i in head.taps} | set(self.watch)))
 
   @property
   def patterns(self) -> tuple[str, ...]:

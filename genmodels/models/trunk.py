@@ -117,6 +117,8 @@ class Pattern(nn.Module):
   @nn.compact
   def __call__(self, x, cache, ctx):
     new, stats, (x, tapped) = {}, {}, x
+    if "depth" in ctx:
+      return self.shallow(x, tapped, cache, ctx)
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
@@ -125,6 +127,16 @@ class Pattern(nn.Module):
       )
       tapped = tap(self.cfg, tapped, x)
     return (x, tapped), (None if cache is None else new, stats)
+
+  def shallow(self, x, passed, cache, ctx):
+    """As the call, but layers from number `ctx["depth"]` on pass x on and are not run; `passed` counts them.
+    New keys and values are not returned: the layers behind have none."""
+    for i, spec in enumerate(self.specs):
+      run = lambda layer, x, i=i: layer(x, cache and cache[f"l{i}"], ctx)[0]
+      layer = Layer(self.cfg, spec, name=f"l{i}")
+      x = nn.cond(passed < ctx["depth"], run, lambda layer, x: x, layer, x)
+      passed = passed + 1
+    return (x, passed), (None, None)
 
 
 def tap(cfg: TrunkConfig, tapped, x):
@@ -215,7 +227,7 @@ class Heads(nn.Module):
       elif head.kind == "latent":
         dists[term] = drafts.Latent(h, heads.at(hidden, target.given["slot"]), valid)
       elif head.kind == "block":
-        read = dataclasses.replace(cfg.head(head.like), forbid=head.forbid, chunk=head.chunk)
+        read = drafts.reading(cfg, head)
         dists[term] = heads.Categorical(h, made[head.like][0], None, valid, read, cfg.vocab)
       elif head.kind == "draft":
         fed = drafts.embedded(cfg, tables["tokens"], target.given, head.given, h)
@@ -248,7 +260,9 @@ class Trunk(nn.Module):
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, inputs: Inputs, targets: dict[str, Target], cache: Cache | None = None) -> Outputs:
+  def __call__(
+    self, inputs: Inputs, targets: dict[str, Target], cache: Cache | None = None, depth=None
+  ) -> Outputs:
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     B, S = inputs.doc.shape
     tables = Tables(cfg, name="embed")()
@@ -259,7 +273,9 @@ class Trunk(nn.Module):
     if cfg.anchor:
       x, anchor = self._anchor(inputs, x, tables, ctx, out, cache)
     tapped = None
-    if (
+    if depth is not None:
+      ctx, tapped = ctx | {"depth": depth}, jnp.int32(0)
+    elif (
       self.is_initializing()
       or cache is not None
       or any(cfg.head(t.head).kind == "block" for t in targets.values())
@@ -267,7 +283,7 @@ class Trunk(nn.Module):
       tapped = (jnp.int32(0), jnp.zeros((len(cfg.taps), *x.shape), dtype)) if cfg.taps else None
     x, new, stats = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
     x, tapped = x
-    taps = None if tapped is None else tapped[1]
+    taps = None if tapped is None or depth is not None else tapped[1]
     x = trunk_norm(cfg, "final_norm")(x)
     if cfg.adaln == "zero":
       shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
@@ -277,8 +293,10 @@ class Trunk(nn.Module):
     dists = out(x, tables, targets, taps, inputs.pos, anchor)
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
-      new = {"code": code, "layers": new}
-    layers = {"hidden": x} | ({} if cfg.moe is None else {"router": per_layer(stats, cfg)})
+      new = None if depth is not None else {"code": code, "layers": new}
+    layers = {"hidden": x}
+    if cfg.moe is not None and depth is None:
+      layers["router"] = per_layer(stats, cfg)
     layers |= {} if taps is None else {"taps": taps}
     return Outputs(dists, new, work, layers)
 

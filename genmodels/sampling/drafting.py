@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 from genmodels import config
 from genmodels.config import ConfigError
-from genmodels.sampling import diffuspec, draft_heads, drafters, joint, speculate, verify
+from genmodels.sampling import (
+  block_draft,
+  diffuspec,
+  draft_heads,
+  drafters,
+  early_exit,
+  joint,
+  speculate,
+  verify,
+)
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.loop import Sampler
 
@@ -25,6 +34,8 @@ DRAFTERS = {
   "tidar": drafters.TiDAR,
   "heads": draft_heads.Heads,
   "masks": draft_heads.Masks,
+  "block": block_draft.Block,
+  "early_exit": early_exit.EarlyExit,
   "diffuspec": diffuspec.DiffuSpec,
   "marginals": joint.Marginals,
 }

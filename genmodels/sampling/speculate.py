@@ -32,7 +32,7 @@ from genmodels.contracts import CLEAN, Array, Noise, Row, Slots, Target, pytree
 from genmodels.corruption import rng
 from genmodels.corruption.base import Corruption, eligible
 from genmodels.masks import STREAM
-from genmodels.models import write_cache
+from genmodels.models import Model, write_cache
 from genmodels.sampling import draw, verify
 from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Context, Drafter, Seen
@@ -257,11 +257,17 @@ class Speculative(Sampler):
   def begin(self, both, row: Row, prefill: int) -> Progress:
     """The prompts committed and cached, but for their last token."""
     params, own = both
-    base = super().start(params, row, prefill)
+    base = super().start(params, row, 0)
     B, N = row.tokens.shape
     length = jnp.minimum(first_where(~base.committed), (row.doc >= 0).sum(1, dtype=jnp.int32))
     zero = jnp.zeros((B,), jnp.int32)
     cfg = self.model.cfg
+    draft = self.drafter.start(params, own, row, length)
+    caches, used = base.caches, zero
+    if caches and prefill:
+      kept = jnp.minimum(base.cursor, prefill)
+      caches, used, layers = self.prefill(params, row, caches, base.committed, kept, prefill)
+      draft = self.drafter.prompted(params, own, row, kept, layers.get("taps"), draft)
     return Progress(
       tokens=row.tokens,
       committed_at=jnp.full((B, N), -1, jnp.int32),
@@ -270,18 +276,18 @@ class Speculative(Sampler):
       first=jnp.ones((B,), bool),
       hidden=jnp.zeros((B, cfg.width), jnp.dtype(cfg.dtype)),
       step=jnp.int32(0),
-      calls={"prefill": base.calls["prefill"], "verify": zero},
+      calls={"prefill": used, "verify": zero},
       drafted=zero,
       accepted=zero,
-      cache=base.caches[0] if base.caches else None,
-      draft=self.drafter.start(params, own, row, length),
+      cache=caches[0] if caches else None,
+      draft=draft,
     )
 
   def propose(self, both, row: Row, s: Progress, key: Array):
     """tokens int32[B, R, K], logits float32[B, R, K, V] or None, count int32[B, R], the drafter's state."""
     R, K, V = self.drafter.chains, self.drafter.size, self.model.cfg.vocab
     keys = draw.row_keys(row, key, DRAFT, s.length)
-    context = Context(row, s.length, s.first, s.hidden, keys, s.cache)
+    context = Context(row, s.length, s.done, s.first, s.hidden, keys, s.cache)
     drafted, state = self.drafter.draft(*both, context, s.draft)
     tokens, logits, count = drafted.tokens, drafted.logits, drafted.count
     if tokens.ndim == 2:
@@ -329,8 +335,9 @@ class Speculative(Sampler):
     pick = lambda i: jnp.take_along_axis(out.layers["hidden"], i[..., None], 1)
     hidden = jnp.where(s.done[:, None], s.hidden, pick(slot_of(slot, at_end)[:, None])[:, 0])
     state = self.drafter.observe(
-      params, own, self.seen(row.replace(tokens=now), key, s, length, went, found, out, pick, hidden), state
-    )
+      params, own,
+      self.seen(row.replace(tokens=now), key, s, length, count, went, found, out, pick, hidden), state,
+    )  # fmt: skip
     return Progress(
       tokens=now,
       committed_at=put(s.committed_at, ahead, s.step, taken),
@@ -406,7 +413,7 @@ class Speculative(Sampler):
     code = {p: c + (clean - call.stream) * STREAM for p, c in new["code"].items()}
     return write_cache(cache, {**new, "code": code}, kept & use)
 
-  def seen(self, row, key, s: Progress, length, went, found, out, pick, hidden) -> Seen:
+  def seen(self, row, key, s: Progress, length, count, went, found, out, pick, hidden) -> Seen:
     """What the drafter may observe."""
     K, G = self.drafter.size, self.drafter.ahead
     ahead = None
@@ -427,6 +434,9 @@ class Speculative(Sampler):
       hidden=hidden,
       ahead=ahead,
       dist=dist,
+      before=s.length,
+      count=count.max(1),
+      taps=out.layers["taps"][:, :, : K + 1] if "taps" in out.layers else None,
     )
 
   def result(self, row: Row, s: Progress) -> Result:
@@ -440,7 +450,7 @@ class Speculative(Sampler):
       steps=s.step,
       forwards=s.step + s.calls["prefill"].any(),
       calls=s.calls,
-      memory={"drafted": s.drafted, "accepted": s.accepted},
+      memory={"drafted": s.drafted, "accepted": s.accepted} | self.drafter.report(s.draft),
     )
 
 
@@ -504,4 +514,6 @@ def build(
   noisy = getattr(drafter, "stream", "")
   wide = widen(sampler.objective, drafter.chains, groups, noisy)
   fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(Sampler)}
+  if drafter.watch:
+    fields["model"] = Model(dataclasses.replace(sampler.model.cfg, watch=tuple(drafter.watch)))
   return Speculative(**fields, drafter=drafter, rule=rule, own=own, wide=wide)

@@ -200,7 +200,34 @@ class Typical(Rule):
     return drawn.replace(accept=jnp.broadcast_to(passes[:, None], drawn.accept.shape))
 
 
-REGISTRY = {"match": Match, "rejection": Rejection, "typical": Typical}
+@dataclasses.dataclass(frozen=True)
+class Rollback(Rule):
+  """What surprises the target too much is taken back (BiLD, Kim et al. 2302.07863 §3.3). Not exact.
+
+  A draft x passes if −ln p(x) ≤ limit, p the target's own distribution, and the first one that does not is
+  replaced by what the target draws. Up to limit < ln 2 that is exact at temperature 0: what passes has more
+  than half of the mass. ∞ takes nothing back.
+
+  Fields:
+    limit: α_RB, nats; the paper's values are per task (2.0 unverified).
+  """
+
+  limit: float = 2.0
+
+  exact = False
+
+  def __post_init__(self):
+    if self.limit < 0:
+      raise ValueError(f"limit is {self.limit}; nats, at least 0")
+
+  def __call__(self, choice, logits, candidates, q, k0, k1):
+    drawn = Match()(choice, logits, candidates, q, k0, k1)
+    surprise = -at(jax.nn.log_softmax(choice.logits(logits), -1), candidates)
+    passes = ((surprise <= self.limit) & (candidates >= 0)).astype(jnp.float32)
+    return drawn.replace(accept=jnp.broadcast_to(passes[:, None], drawn.accept.shape))
+
+
+REGISTRY = {"match": Match, "rejection": Rejection, "typical": Typical, "rollback": Rollback}
 
 
 # -- the walk -----------------------------------------------------------------------------------------

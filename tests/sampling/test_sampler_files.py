@@ -13,9 +13,14 @@ from tests.sampling.test_run import workdir
 FITS = {
   "dimoo_cache": "llada", "dinfer": "llada", "dkv_cache": "llada", "eb_sampler": "bd3lm", "eoser": "llada",
   "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
-  "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
+  "del_exit": "ar", "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
 }  # fmt: skip
-NEED_ANOTHER_RUN = {"diffuspec": "ar", "edlm": "mdlm", "spectr": "ar"}  # draft.path, energy.path
+NEED_ANOTHER_RUN = {
+  "bild": "ar",
+  "diffuspec": "ar",
+  "edlm": "mdlm",
+  "spectr": "ar",
+}  # draft.path, energy.path
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ class Draft:
   """Proposed tokens.
 
   Fields:
-    tokens: int32[B, K], or [B, R, K]: R chains that all start at coordinate n. A tree is the set of its paths
-      from the root to the leaves.
+    tokens: int32[B, K], or [B, R, K]: R chains that all start at coordinate n. Of a drafter with a tree
+      [B, M−1], of nodes 1 …, −1 where there is no such node.
     logits: float32 of the shape of tokens, and [V]: tokens were drawn from softmax(logits) independently of
       what is not committed yet but the chain's own earlier tokens; chains are independent of each other.
       None: tokens are a function of the committed ones (and of randomness that no verification reads), q is
@@ -116,6 +116,7 @@ class Drafter:
   size: int = 4
 
   chains = 1  # R (static)
+  tree = None  # trees.Tree of M nodes: one draft is a tree of depth K
   stochastic = False  # `Draft.logits` is given: tokens are drawn from them
   ahead = (
     0  # G (static): masks of the noisy stream behind every number of accepted drafts, in the same forward

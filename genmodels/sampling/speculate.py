@@ -91,6 +91,22 @@ class Call:
   ahead: np.ndarray
 
 
+@pytree()
+class Laid:
+  """One verifying call, ready to run. A node of the draft is the slot of its number; others stand behind.
+
+  Fields:
+    inputs: of all slots. slot: int32[B, M], the slot that predicts behind each node; can: bool[B, M].
+    use: bool[B, A], slots of this step in use. code: {pattern: int32[B, A]}, codes that they are kept under.
+  """
+
+  inputs: Any
+  slot: Array
+  can: Array
+  use: Array
+  code: dict[str, Array]
+
+
 def node_keys(row: Row, key: Array, tag: int, at: Array) -> tuple[Array, Array]:
   """Two uint32 of at's shape: keys of tokens at coordinates int32[B, …], those of Sampler for that token.
 
@@ -307,33 +323,28 @@ class Speculative(Sampler):
   def advance(self, both, row: Row, s: Progress, key: Array) -> Progress:
     """One step: draft, verify, commit."""
     params, own = both
-    (B, N), (R, K) = row.tokens.shape, (self.drafter.chains, self.drafter.size)
-    call = self.plan
+    B, K = len(s.length), self.drafter.size
     row = row.replace(tokens=s.tokens)
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     tokens, q, count, state = self.propose(both, row, s, key)
 
     ahead = s.length[:, None] + np.arange(K + 1)  # coordinates that this step may commit
-    drafts = ahead[:, :K]
-    filled = row.replace(tokens=put(s.tokens, drafts, tokens[:, 0], drafts < N))
-    slots, noise, use = self.place(filled, s, tokens, count)
-    inputs = self.wide.inputs(filled, noise, slots, self.latent)
-    slot, can = self.nodes(filled, noise, slots, s, total)
-    out = self.evaluate(params, inputs, slot, can, s.cache)
+    laid = self.lay(row, s, tokens, count, total)
+    out = self.evaluate(params, laid.inputs, laid.slot, laid.can, s.cache)
     found = self.decide(row, key, out.dists[self.term], tokens, q, s.length)
-    u = draw.uniforms(node_keys(row, key, VERIFY, ahead))
-    u = jnp.stack([u] + [draw.uniforms(node_keys(row, key, VERIFY + r, ahead)) for r in range(1, R)], -1)
+    keys = [node_keys(row, key, VERIFY + r, ahead) for r in range(self.branching)]
+    u = jnp.stack([draw.uniforms(k) for k in keys], -1)
     exists = (ahead < total[:, None]) & ~s.done[:, None]
-    went = verify.walk(found, tokens, count, u, exists)
+    went = self.follow(found, tokens, count, u, exists)
 
     taken = went.taken & ~self.behind_eos(went.tokens)
     length = s.length + taken.sum(1, dtype=jnp.int32)
     now = put(s.tokens, ahead, went.tokens, taken)
     ended = (taken & (went.tokens == self.cfg.eos)).any(1) if self.cfg.eos >= 0 else jnp.zeros((B,), bool)
     done = s.done | ended | (length >= total)
-    at_end = jnp.where(went.accepted == 0, 0, went.chain * K + went.accepted)
+    at_end = jnp.take_along_axis(went.node, went.accepted[:, None], 1)[:, 0]
     pick = lambda i: jnp.take_along_axis(out.layers["hidden"], i[..., None], 1)
-    hidden = jnp.where(s.done[:, None], s.hidden, pick(slot_of(slot, at_end)[:, None])[:, 0])
+    hidden = jnp.where(s.done[:, None], s.hidden, pick(slot_of(laid.slot, at_end)[:, None])[:, 0])
     state = self.drafter.observe(
       params, own,
       self.seen(row.replace(tokens=now), key, s, length, count, went, found, out, pick, hidden), state,
@@ -347,11 +358,36 @@ class Speculative(Sampler):
       hidden=hidden,
       step=s.step + 1,
       calls=s.calls | {"verify": s.calls["verify"] + ~s.done},
-      drafted=s.drafted + jnp.where(s.done, 0, jnp.minimum(count.max(1), total - s.length)),
+      drafted=s.drafted + jnp.where(s.done, 0, self.meant(count, total - s.length)),
       accepted=s.accepted + jnp.where(s.done, 0, jnp.minimum(went.accepted, length - s.length)),
-      cache=self.keep(s.cache, out.new, call, use, went),
+      cache=self.keep(s.cache, out.new, laid, went),
       draft=state,
     )
+
+  @property
+  def branching(self) -> int:
+    """Candidates that are tried at one place, at most."""
+    return self.drafter.chains
+
+  def meant(self, count: Array, room: Array) -> Array:
+    """int32[B], drafts that are verified, of those that fit."""
+    return jnp.minimum(count.max(1), room)
+
+  def lay(self, row: Row, s: Progress, tokens: Array, count: Array, total: Array) -> Laid:
+    """The slots of a verifying call, its inputs, and what is asked of it."""
+    drafts = s.length[:, None] + np.arange(self.drafter.size)
+    filled = row.replace(tokens=put(s.tokens, drafts, tokens[:, 0], drafts < row.tokens.shape[1]))
+    slots, noise, use = self.place(filled, s, tokens, count)
+    inputs = self.wide.inputs(filled, noise, slots, self.latent)
+    slot, can = self.nodes(filled, noise, slots, s, total)
+    call = self.plan
+    shift = (self.wide.layout.streams.index(CLEAN) - call.stream) * STREAM
+    code = {p: m.code[:, : len(shift)] + shift for p, m in inputs.masks.items()}
+    return Laid(inputs, slot, can, use, code)
+
+  def follow(self, found: verify.Verdict, tokens: Array, count: Array, u: Array, can: Array) -> verify.Walk:
+    """The walk along the accepted drafts."""
+    return verify.walk(found, tokens, count, u, can)
 
   def nodes(self, row: Row, noise: Noise, slots: Slots, s: Progress, total: Array) -> tuple[Array, Array]:
     """The slot that predicts behind each node, int32[B, M], and which of them are asked, bool[B, M]."""
@@ -379,19 +415,24 @@ class Speculative(Sampler):
 
   def decide(self, row: Row, key: Array, dist, tokens: Array, q, length: Array) -> verify.Verdict:
     """The rule's verdict of every node."""
-    (B, R, K) = tokens.shape
-    depth = np.concatenate([[0], np.tile(np.arange(1, K + 1), R)])
-    chain = np.concatenate([[0], np.repeat(np.arange(R), K)])
+    depth, candidates = self.candidates(tokens)
     keys = node_keys(row, key, draw.TOKEN, length[:, None] + depth)
-    padded = jnp.concatenate([tokens, jnp.full((B, R, 1), -1, tokens.dtype)], 2)
-    xs = {"candidates": jnp.moveaxis(padded, 1, 2)[:, depth], "k0": keys[0], "k1": keys[1]}
+    xs = {"candidates": candidates, "k0": keys[0], "k1": keys[1]}
     if q is not None and self.rule.needs_logits:
-      xs["q"] = q[:, chain, np.minimum(depth, K - 1)]
+      chain = np.concatenate([[0], np.repeat(np.arange(q.shape[1]), q.shape[2])])
+      xs["q"] = q[:, chain, np.minimum(depth, q.shape[2] - 1)]
 
     def fn(logits, x):
       return self.rule(self.choice, logits, x["candidates"], x.get("q"), x["k0"], x["k1"])
 
     return dist.map(fn, xs)
+
+  def candidates(self, tokens: Array) -> tuple[np.ndarray, Array]:
+    """(int32[M] tokens before each node of a draft, int32[B, M, R] what is tried behind it)."""
+    B, R, K = tokens.shape
+    depth = np.concatenate([[0], np.tile(np.arange(1, K + 1), R)])
+    padded = jnp.concatenate([tokens, jnp.full((B, R, 1), -1, tokens.dtype)], 2)
+    return depth, jnp.moveaxis(padded, 1, 2)[:, depth]
 
   def behind_eos(self, tokens: Array) -> Array:
     """bool[B, K+1]: an EOS stands before."""
@@ -400,18 +441,14 @@ class Speculative(Sampler):
     is_end = (tokens == self.cfg.eos).astype(jnp.int32)
     return jnp.cumsum(is_end, 1) - is_end > 0
 
-  def keep(self, cache, new, call: Call, use: Array, went: verify.Walk):
+  def keep(self, cache, new, laid: Laid, went: verify.Walk):
     """The cache with the slots that are committed now, as slots of the clean stream."""
     if cache is None:
       return None
-    K = self.drafter.size
-    chain = (np.arange(len(call.stream)) - 1) // max(K, 1)
-    chain[0] = 0
-    kept = (call.ahead < 0) & (call.offset <= went.accepted[:, None])
-    kept &= (call.offset == 0) | (chain == went.chain[:, None])
-    clean = self.wide.layout.streams.index(CLEAN)
-    code = {p: c + (clean - call.stream) * STREAM for p, c in new["code"].items()}
-    return write_cache(cache, {**new, "code": code}, kept & use)
+    on = np.arange(went.node.shape[1]) <= went.accepted[:, None]
+    path = jnp.where(on, went.node, -1)[..., None]  # a node is the slot of that number
+    kept = (path == np.arange(laid.use.shape[1])).any(1)
+    return write_cache(cache, {**new, "code": laid.code}, kept & laid.use)
 
   def seen(self, row, key, s: Progress, length, count, went, found, out, pick, hidden) -> Seen:
     """What the drafter may observe."""
@@ -420,6 +457,10 @@ class Speculative(Sampler):
     if G:
       base = 1 + self.drafter.chains * K
       ahead = pick(base + went.accepted[:, None] * G + np.arange(G))
+
+    taps = out.layers.get("taps")
+    if taps is not None:
+      taps = jnp.take_along_axis(taps, went.node[None, ..., None], 2)
 
     def dist(term, hidden, valid):
       return out.dists[term].replace(hidden=hidden, valid=valid)
@@ -430,13 +471,13 @@ class Speculative(Sampler):
       keys=draw.row_keys(row, key, DRAFT, length),
       accepted=went.accepted,
       active=~s.done,
-      predicted=found.token[:, : K + 1, 0],
+      predicted=jnp.take_along_axis(found.token[..., 0], went.node, 1),
       hidden=hidden,
       ahead=ahead,
       dist=dist,
       before=s.length,
       count=count.max(1),
-      taps=out.layers["taps"][:, :, : K + 1] if "taps" in out.layers else None,
+      taps=taps,
     )
 
   def result(self, row: Row, s: Progress) -> Result:
@@ -510,10 +551,16 @@ def build(
       "these drafts are no draws from a law that the drafter knows", key="sampler.verify", value="rejection",
       fix="sampler.verify='match', which accepts as many of them",
     )  # fmt: skip
+  cls = Speculative
+  if drafter.tree is not None:
+    from genmodels.sampling import tree_speculate  # here: it is made of this module's parts
+
+    tree_speculate.check(sampler, drafter, rule)
+    cls = tree_speculate.TreeSpeculative
   groups = drafter.size + 1 if drafter.ahead else 0
   noisy = getattr(drafter, "stream", "")
   wide = widen(sampler.objective, drafter.chains, groups, noisy)
   fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(Sampler)}
   if drafter.watch:
     fields["model"] = Model(dataclasses.replace(sampler.model.cfg, watch=tuple(drafter.watch)))
-  return Speculative(**fields, drafter=drafter, rule=rule, own=own, wide=wide)
+  return cls(**fields, drafter=drafter, rule=rule, own=own, wide=wide)

@@ -122,13 +122,13 @@ class Tree:
     return 1 + max(len(found) for _, found in self.paths[2])
 
 
-def mask(tree: Tree, base: AttnMask, stream: int, offset: int) -> AttnMask:
+def mask(tree: Tree, base: AttnMask, offset: int) -> AttnMask:
   """What nodes see, from what slots of their coordinates would see in one line.
 
   Args:
-    base: of M slots, codes and intervals of the clean stream by coordinates; whatever an interval shows of the
-      coordinates behind the text it shows of a node's own ancestors (so windows are windows).
-    stream: codes of the clean stream at coordinate 0. offset: first code of nodes off the first path.
+    base: of M slots, codes and intervals of the clean stream by coordinates; whatever an interval shows of
+      the coordinates behind the text it shows of a node's own ancestors (so windows are windows).
+    offset: first code of nodes off the first path; no other key has codes from there on.
   """
   path, code, segments = tree.paths
   root = base.code[:, :1]
@@ -137,7 +137,6 @@ def mask(tree: Tree, base: AttnMask, stream: int, offset: int) -> AttnMask:
   codes = jnp.where(base.code == CODE_HIDDEN, CODE_HIDDEN, own)
   main = np.array([depth for depth, _ in segments], np.int32)
   lo, hi = [base.lo], [jnp.minimum(base.hi, (newest + main + 1)[:, None])]
-  del stream
   # Intervals by depth: 0 is the newest token.
   first, last = base.lo - newest[:, None], base.hi - newest[:, None]
   for i in range(tree.terms - 1):
@@ -151,16 +150,13 @@ def mask(tree: Tree, base: AttnMask, stream: int, offset: int) -> AttnMask:
   return AttnMask(codes, jnp.where(lo < hi, lo, 0), jnp.where(lo < hi, hi, 0))
 
 
-def walk(tree: Tree, verdict: Verdict, tokens: Array, use: Array, u: Array, can: Array) -> tuple[Walk, Array]:
+def walk(tree: Tree, verdict: Verdict, tokens: Array, use: Array, u: Array, can: Array) -> Walk:
   """Follows the accepted nodes from the root: children are tried in their order.
 
   Args:
     verdict: of every node, leaves [B, M, …], of its children as candidates.
     tokens: int32[B, M]. use: bool[B, M], nodes that are meant; with a node all its ancestors are.
     u: float32[B, K+1, C], uniforms. can: bool[B, K+1], places that exist; a prefix.
-
-  Returns:
-    A Walk (chain 0), and int32[B, K+1], the node whose children were tried at each place.
   """
   B, K = len(tokens), u.shape[1] - 1
   children = jnp.asarray(tree.children)
@@ -186,4 +182,4 @@ def walk(tree: Tree, verdict: Verdict, tokens: Array, use: Array, u: Array, can:
   zero = jnp.zeros((B,), jnp.int32)
   carry = zero, jnp.ones((B,), bool), zero
   (_, _, accepted), (token, taken, node) = jax.lax.scan(place, carry, jnp.arange(K + 1))
-  return Walk(token.T, taken.T, accepted, zero), node.T
+  return Walk(token.T, taken.T, accepted, zero, node.T)

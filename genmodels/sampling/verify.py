@@ -22,6 +22,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genmodels.contracts import pytree
 from genmodels.sampling import draw
@@ -241,12 +242,14 @@ class Walk:
     tokens: int32[B, K+1], the tokens of places 0 … K; taken: bool[B, K+1], those that are committed, a
       prefix.
     accepted: int32[B], how many of them are drafts. chain: int32[B], the chain that they lie on.
+    node: int32[B, K+1], the node whose candidates are tried at each place.
   """
 
   tokens: Array
   taken: Array
   accepted: Array
   chain: Array
+  node: Array
 
 
 def walk(verdict: Verdict, candidates: Array, count: Array, u: Array, can: Array) -> Walk:
@@ -292,4 +295,6 @@ def walk(verdict: Verdict, candidates: Array, count: Array, u: Array, can: Array
   zero = jnp.zeros((B,), jnp.int32)
   start = jnp.broadcast_to(chains >= 0, (B, R)), jnp.ones((B,), bool), zero, zero
   (_, _, chain, accepted), (tokens, taken) = jax.lax.scan(place, start, jnp.arange(K + 1))
-  return Walk(tokens.T, taken.T, accepted, chain)
+  at = np.arange(K + 1)
+  node = jnp.where(at == 0, 0, chain[:, None] * K + at)
+  return Walk(tokens.T, taken.T, accepted, chain, node)

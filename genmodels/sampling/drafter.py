@@ -37,6 +37,8 @@ class Draft:
       [B, M−1], of nodes 1 …, −1 where there is no such node.
     logits: float32 of the shape of tokens, and [V]: tokens were drawn from softmax(logits) independently of
       what is not committed yet but the chain's own earlier tokens; chains are independent of each other.
+      Of a drafter with a tree (ids int32[B, M, k], float32[B, M, k]): the law, of at most k tokens, from
+      which a node's children were drawn one after another without replacement.
       None: tokens are a function of the committed ones (and of randomness that no verification reads), q is
         one-hot.
     count: int32[B] (or [B, R]) or None: only the first `count` tokens of each chain are meant (adaptive
@@ -87,8 +89,10 @@ class Seen:
     dist: (term, states [B, M, D], valid bool[B, M]) → Dist of that term's head over any states.
     before: int32[B], the length before the call. count: int32[B], drafts that were meant, of the longest
       chain.
-    taps: [T, B, K+1, D] or None: outputs of the model's tapped layers at the newest token and the drafts of
-      the first chain, coordinates (old n) − 1 …; the first `accepted` + 1 of them are committed.
+    path: [B, K+1, D], final states of the newest token and the drafts that were followed, coordinates (old n)
+      − 1 …; the first `accepted` + 1 of them are committed.
+    taps: [T, B, K+1, D] or None: outputs of the model's tapped layers at the newest token and the drafts
+      that were followed, as of `path`.
   """
 
   row: Row
@@ -102,6 +106,7 @@ class Seen:
   dist: Callable[[str, Array, Array], Dist]
   before: Array
   count: Array
+  path: Array
   taps: Array | None = None
 
 

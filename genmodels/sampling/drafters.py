@@ -40,8 +40,8 @@ def ahead_of(tokens: Array, start: Array, size: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class NGram(Drafter):
-  """What followed the longest earlier occurrence of the last tokens in the row itself (prompt lookup; the
-  deterministic core of model-free drafters such as STAND, Song et al. 2506.04708).
+  """What followed the longest earlier occurrence of the last tokens in the row itself (prompt lookup, Saxena
+  2023).
 
   Fields:
     longest: most tokens that are compared. The longest match wins, of equal ones the latest.

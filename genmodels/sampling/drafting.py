@@ -15,6 +15,7 @@ from genmodels.sampling import (
   early_exit,
   joint,
   speculate,
+  stand,
   verify,
 )
 from genmodels.sampling.drafter import Drafter
@@ -29,6 +30,7 @@ class Plain(Drafter):
 DRAFTERS = {
   "plain": Plain,
   "ngram": drafters.NGram,
+  "stand": stand.Stand,
   "jacobi": drafters.Jacobi,
   "model": drafters.Small,
   "tidar": drafters.TiDAR,

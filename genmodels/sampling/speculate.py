@@ -419,13 +419,18 @@ class Speculative(Sampler):
     keys = node_keys(row, key, draw.TOKEN, length[:, None] + depth)
     xs = {"candidates": candidates, "k0": keys[0], "k1": keys[1]}
     if q is not None and self.rule.needs_logits:
-      chain = np.concatenate([[0], np.repeat(np.arange(q.shape[1]), q.shape[2])])
-      xs["q"] = q[:, chain, np.minimum(depth, q.shape[2] - 1)]
+      xs["q"] = self.told(q)
 
     def fn(logits, x):
       return self.rule(self.choice, logits, x["candidates"], x.get("q"), x["k0"], x["k1"])
 
     return dist.map(fn, xs)
+
+  def told(self, q) -> Any:
+    """What the rule is told of the law of each node's candidates, leaves [B, M, …], from `Draft.logits`."""
+    _, R, K, _ = q.shape
+    chain, depth = np.repeat(np.arange(R), K), np.tile(np.arange(1, K + 1), R)
+    return q[:, np.append(0, chain), np.minimum(np.append(0, depth), K - 1)]
 
   def candidates(self, tokens: Array) -> tuple[np.ndarray, Array]:
     """(int32[M] tokens before each node of a draft, int32[B, M, R] what is tried behind it)."""
@@ -477,6 +482,7 @@ class Speculative(Sampler):
       dist=dist,
       before=s.length,
       count=count.max(1),
+      path=pick(went.node),
       taps=taps,
     )
 
@@ -544,9 +550,15 @@ def build(
       "a draft has at least one token", key="sampler.draft.size", value=drafter.size, fix="size=4"
     )
   if rule == "auto":
-    rule = "rejection" if drafter.stochastic else "match"
+    kind = "rejection" if drafter.tree is None else "recursive"
+    rule = kind if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule
-  if isinstance(rule, verify.Rejection) and not drafter.stochastic:
+  if isinstance(rule, verify.Recursive) and drafter.tree is None:
+    raise ConfigError(
+      "only the children of a node are drawn without replacement", key="sampler.verify", value="recursive",
+      fix="sampler.verify='rejection'",
+    )  # fmt: skip
+  if rule.needs_logits and not drafter.stochastic:
     raise ConfigError(
       "these drafts are no draws from a law that the drafter knows", key="sampler.verify", value="rejection",
       fix="sampler.verify='match', which accepts as many of them",

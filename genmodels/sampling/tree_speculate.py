@@ -35,15 +35,16 @@ class TreeSpeculative(Speculative):
     return self.tree.children.shape[1]
 
   def propose(self, both, row: Row, s: Progress, key: Array):
-    """tokens int32[B, M] (of the root: −1), None, bool[B, M] nodes that are meant, the drafter's state."""
+    """tokens int32[B, M] (of the root: −1), the laws they were drawn from or None, bool[B, M] nodes that are
+    meant, the drafter's state."""
     B, M = len(s.length), self.tree.nodes
     keys = draw.row_keys(row, key, DRAFT, s.length)
     context = Context(row, s.length, s.done, s.first, s.hidden, keys, s.cache)
     drafted, state = self.drafter.draft(*both, context, s.draft)
-    if drafted.tokens.shape != (B, M - 1) or drafted.logits is not None or drafted.count is not None:
+    if drafted.tokens.shape != (B, M - 1) or drafted.count is not None:
       raise ValueError(
         f"{type(self.drafter).__name__} drafted {drafted.tokens.shape}, expected [B, {M - 1}] tokens of a "
-        "tree, −1 where there is none, and nothing else"
+        "tree, −1 where there is none, and no count"
       )
     tokens = jnp.pad(drafted.tokens, ((0, 0), (1, 0)), constant_values=-1)
     idle = s.done | (s.first if self.drafter.needs_hidden else False)
@@ -52,7 +53,7 @@ class TreeSpeculative(Speculative):
     use = known
     for _ in range(self.drafter.size):  # a node without its parent is none
       use = known & use[:, (0, *self.tree.parents)]
-    return tokens, None, use, state
+    return tokens, drafted.logits, use, state
 
   def meant(self, count: Array, room: Array) -> Array:
     return (count & (self.tree.depth > 0) & (self.tree.depth <= room[:, None])).sum(1, dtype=jnp.int32)
@@ -72,6 +73,9 @@ class TreeSpeculative(Speculative):
     slot = jnp.where(can, np.arange(self.tree.nodes, dtype=np.int32), -1)
     return Laid(inputs.replace(ids=ids, masks=masks), slot, can, use, code)
 
+  def told(self, q) -> tuple[Array, Array]:
+    return q
+
   def candidates(self, tokens: Array) -> tuple[np.ndarray, Array]:
     children = self.tree.children
     return self.tree.depth, jnp.where(children >= 0, tokens[:, np.maximum(children, 0)], -1)
@@ -83,10 +87,10 @@ class TreeSpeculative(Speculative):
 def check(sampler, drafter, rule: verify.Rule) -> None:
   """Raises ConfigError for what a tree cannot be verified with: key, value, reason, fix."""
   term = sampler.objective.terms[sampler.term]
-  if drafter.stochastic or rule.needs_logits:
+  if isinstance(rule, verify.Rejection):
     raise ConfigError(
       "children of a node are different tokens, no independent draws", key="sampler.verify",
-      value=type(rule).__name__, fix="sampler.verify='match', which keeps the law at any temperature",
+      value="rejection", fix="sampler.verify='recursive' where they are drawn, 'match' for any",
     )  # fmt: skip
   if drafter.ahead or drafter.chains > 1 or term.align != "shift":
     raise ConfigError(

@@ -101,6 +101,29 @@ def kseq_residual(p: Array, q: Array, rho: Array, k: int) -> Array:
   return normalised(jnp.maximum(p - jnp.minimum(q, p / rho[..., None]) * scale[..., None], 0), p)
 
 
+def recursive(p: Array, q: Array, candidates: Array) -> tuple[list[Array], list[Array]]:
+  """Rejection of candidates that were drawn from q one after another without replacement (recursive rejection
+  sampling, Jeon et al. 2402.14160 §3.1): after a rejection p becomes the residual, q loses the candidate.
+
+  Args:
+    p, q: [..., V]. candidates: int32[..., C]; −1 behind the last one.
+
+  Returns:
+    C times [...], the probability that a candidate is accepted once those before it were not, and C + 1 times
+    [..., V], the law after 0 … C rejections.
+  """
+  accept, laws = [], [p]
+  for i in range(candidates.shape[-1]):
+    x = candidates[..., i]
+    there = (x >= 0)[..., None]
+    accept.append(jnp.where(there[..., 0], accept_probability(p, q, x), 0))
+    p = jnp.where(there, residual(p, q), p)
+    left = jnp.where(jnp.arange(q.shape[-1]) == x[..., None], 0, q)
+    q = jnp.where(there, normalised(left, left), q)
+    laws.append(p)
+  return accept, laws
+
+
 def typical(p: Array, token: Array, epsilon: float, delta: float) -> Array:
   """bool: p(x) > min(ε, δ·exp(−H(p))) (Medusa, Cai et al. 2401.10774 §3.3.1). Does not keep the law p."""
   entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)), 0).sum(-1)
@@ -182,6 +205,27 @@ class Rejection(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Recursive(Rule):
+  """Rejection sampling of a node's children, drawn from one law without replacement.
+
+  q is (ids int32[c, k], float32[c, k] log-probabilities), the few tokens that a node's law is made of.
+  """
+
+  needs_logits = True
+
+  def __call__(self, choice, logits, candidates, q, k0, k1):
+    p, (ids, logq) = choice.law(logits), q
+    rows = jnp.arange(len(ids))[:, None]
+    dense = jnp.zeros_like(p).at[rows, ids].add(jnp.exp(logq))
+    passes, laws = recursive(p, dense, candidates)
+    g = draw.gumbel(k0, k1, p.shape[-1])
+    token = [jnp.argmax(jnp.log(law) + g, -1).astype(jnp.int32) for law in laws]
+    R = candidates.shape[1]
+    accept = jnp.broadcast_to(jnp.stack(passes, 1)[:, None], (len(p), R, R))
+    return Verdict(accept, jnp.stack(token, 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Typical(Rule):
   """Medusa's typical acceptance: what is likely enough passes. Not exact.
 
@@ -228,7 +272,13 @@ class Rollback(Rule):
     return drawn.replace(accept=jnp.broadcast_to(passes[:, None], drawn.accept.shape))
 
 
-REGISTRY = {"match": Match, "rejection": Rejection, "typical": Typical, "rollback": Rollback}
+REGISTRY = {
+  "match": Match,
+  "rejection": Rejection,
+  "recursive": Recursive,
+  "typical": Typical,
+  "rollback": Rollback,
+}
 
 
 # -- the walk -----------------------------------------------------------------------------------------

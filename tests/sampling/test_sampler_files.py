@@ -12,8 +12,8 @@ from tests.sampling.test_run import workdir
 
 FITS = {
   "dimoo_cache": "llada", "dinfer": "llada", "dkv_cache": "llada", "eb_sampler": "bd3lm", "eoser": "llada",
-  "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
-  "del_exit": "ar", "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
+  "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada", "medusa": "medusa",
+  "del_exit": "ar", "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm", "stand": "ar",
 }  # fmt: skip
 NEED_ANOTHER_RUN = {
   "bild": "ar",

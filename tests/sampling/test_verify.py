@@ -63,6 +63,53 @@ def test_the_law_is_the_targets(k):
   assert k == 1 or enumerated(k, "rho") > 1e-2
 
 
+def without_replacement(p, q, C, wrong=False):
+  """Law of C candidates of q without replacement tried in turn, by enumeration: float64[V]."""
+  out = np.zeros(len(p))
+  for drafts in itertools.permutations(range(len(p)), C):
+    chance, rest = 1.0, 1.0
+    for x in drafts:
+      chance, rest = chance * q[x] / rest if rest > 1e-15 else 0.0, rest - q[x]
+    if chance <= 0:
+      continue
+    if wrong:
+      rows = [verify.recursive(p, q, np.array([x])) for x in drafts]
+      accept, law = [a[0] for a, _ in rows], rows[0][1][-1]
+    else:
+      accept, laws_ = verify.recursive(p, q, np.array(drafts))
+      law = laws_[-1]
+    left = chance
+    for x, a in zip(drafts, accept):
+      out[x] += left * float(a)
+      left *= 1 - float(a)
+    out += left * np.asarray(law)
+  return out
+
+
+@pytest.mark.parametrize(
+  "C", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.full)]
+)
+def test_children_without_replacement_keep_the_law(C):
+  """T20 for the children of a node; as if each were the only draw, the law is another."""
+  with jax.enable_x64(True):
+    for p, q in zip(*four()):
+      if (q > 0).sum() < C:
+        continue
+      p, q = jnp.asarray(p), jnp.asarray(q)
+      assert np.abs(without_replacement(p, q, C) - p).max() < 1e-12
+    p, q = map(jnp.asarray, (four()[0][0], four()[1][0]))
+    assert C == 1 or np.abs(without_replacement(p, q, C, wrong=True) - p).max() > 1e-2
+
+
+def four():
+  """p, q float64[4, 4]: random ones, p = q, disjoint supports."""
+  rng = np.random.default_rng(3)
+  p, q = rng.dirichlet(np.full(4, 0.7), 4), rng.dirichlet(np.full(4, 0.7), 4)
+  q[2] = p[2]
+  p[3], q[3] = [0.4, 0.6, 0, 0], [0, 0, 0.3, 0.7]
+  return p, q
+
+
 def test_acceptance():
   """One draft is accepted with 1 − TV(p, q); k drafts with 1 − (1 − β)^k = ρβ, the more the better."""
   p, q = laws()

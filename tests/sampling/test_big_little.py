@@ -46,7 +46,7 @@ def generated(fallback, limit):
   return jax.tree.map(np.asarray, sampler(S.params(), S.row(), KEY)), want
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_tight_limit_is_the_large_model():
   """Greedy ids are the large model's below ln 2, whatever the small one is sure of."""
   result, want = generated(0.35, 0.69)

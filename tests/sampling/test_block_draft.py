@@ -29,7 +29,7 @@ def target(temperature=0.0):
   return sampler, params, jax.tree.map(np.asarray, sampler(params, S.row(), KEY))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_any_drafter_keeps_the_greedy_ids():
   """T19, with random layers; and every draft is the one of a training row that ends at the anchor."""
   sampler, params, want = target()

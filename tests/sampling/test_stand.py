@@ -48,7 +48,7 @@ def drafted(temperature):
   return jax.jit(lambda: drafter.draft(None, None, context, memory)[0])()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_tree_is_drawn_from_them():
   """Both candidates behind the match, in the order of their draw; behind the certain token its certain one."""
   best = np.asarray(drafted(0.0).tokens)  # nodes (0), (1), (0, 0), (1, 0), (1, 1)

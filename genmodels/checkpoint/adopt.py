@@ -84,6 +84,7 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
   padded = models.build({**model, "heads": theirs["heads"]}).cfg.vocab_padded
   fresh = [rf"heads/{name}/(?!out/).*" for name in added]
   fresh += [r".*/lora_[ab]"] if model.get("lora") else []
+  fresh += [r"prefix/.*"] if model.get("prefix") else []
   init |= {"scratch": tuple(fresh)} if fresh else {}
   own = [name for name, head in added.items() if head["kind"] == "draft" and not head.get("shared")]
   if own:

@@ -200,8 +200,8 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
 def _without_drafts(cfg: TrunkConfig, names: list[str]) -> tuple[TrunkConfig, list[str], tuple[str, ...]]:
   """The trunk and its leaves without the heads that only draft, and what to say of them."""
   gone = [name for name, head in cfg.heads if head.drafts]
-  cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone))
-  kept = [n for n in names if not n.startswith(tuple(f"heads/{name}/" for name in gone))]
+  cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone), prefix=0)
+  kept = [n for n in names if not n.startswith(("prefix/", *(f"heads/{name}/" for name in gone)))]
   notes = (f"draft heads stay in the run: {', '.join(gone)}",) if len(kept) < len(names) else ()
   return cfg, kept, notes
 

@@ -309,6 +309,7 @@ class TrunkConfig:
     lora: adapters or None.
     anchor: layers of a network before this one on the same embeddings, whose head "anchor" predicts tokens; a
       matrix, 0 at first, of the mean embedding under its prediction is added to this one's input (ADLM).
+    prefix: layers behind the trunk whose output draft heads read in place of the trunk's (Hydra++).
     watch: layers whose outputs a call with a cache returns (`Outputs.layers["taps"]`) besides those that
       heads read.
   """
@@ -360,6 +361,7 @@ class TrunkConfig:
   lora: Lora | None = None
   anchor: int = 0
   watch: tuple[int, ...] = ()
+  prefix: int = 0
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -416,6 +418,10 @@ class TrunkConfig:
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):
         raise ValueError(f"head {name!r}: forbid={head.forbid} is outside of 0..{size - 1}")
+    if self.prefix < 0 or self.prefix and not any(head.kind == "draft" for _, head in self.heads):
+      raise ValueError(f"prefix={self.prefix}: layers, for draft heads to read")
+    if self.prefix and (self.adaln != "none" or self.anchor):
+      raise ValueError(f"prefix={self.prefix}: for unconditioned models of one network")
     if any(not 0 <= i < self.layers for i in self.watch):
       raise ValueError(f"watch={self.watch} is outside of the {self.layers} layers")
     if self.attention_tiles is not None and (
@@ -454,6 +460,15 @@ class TrunkConfig:
     kind = self.segments[0].pattern
     return dataclasses.replace(
       self, segments=segments(self.anchor, kind), heads=(("text", Head()),), lora=None, anchor=0
+    )
+
+  @property
+  def prefixed(self) -> TrunkConfig:
+    """The configuration of the layers behind the trunk: those of the first segment's kind, dense."""
+    kind = tuple(dataclasses.replace(spec, mlp="dense") for spec in self.segments[0].pattern)
+    layers = segments(self.prefix, kind)
+    return dataclasses.replace(
+      self, segments=layers, heads=(("text", Head()),), lora=None, moe=None, watch=(), prefix=0
     )
 
   @property

@@ -87,7 +87,8 @@ class Model:
     Returns:
       Outputs with a Dist for each target; `new` (with a cache) for `write_cache`; `work`
       {"slots": int32, "pairs": {pattern: int32[B, S]}} and, with `attention_capacity`, "overflow" {pattern:
-      int32, tile lists that were too short: NaN}; `layers` {"hidden": [B, S, D]}.
+      int32, tile lists that were too short: NaN}; `layers` {"hidden": [B, S, D]}, with
+      `cfg.prefix` also "prefix", the states that draft heads read.
 
     Raises:
       ValueError: inputs that do not fit the configuration, by name and shape.

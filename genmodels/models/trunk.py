@@ -181,7 +181,9 @@ class Heads(nn.Module):
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, hidden, tables, targets: dict[str, Target], taps=None, pos=None, anchor=None):
+  def __call__(
+    self, hidden, tables, targets: dict[str, Target], taps=None, pos=None, anchor=None, prefix=None
+  ):
     cfg = self.cfg
     made = {}
     for name, head in cfg.heads:
@@ -221,6 +223,7 @@ class Heads(nn.Module):
       head = cfg.head(target.head)
       states = made[target.head](taps, pos, target.given, tables) if head.kind == "block" else hidden
       states = anchor if target.head == "anchor" and anchor is not None else states
+      states = prefix if head.kind == "draft" and prefix is not None else states
       h, valid = heads.read(states, target)
       if head.kind == "flow":
         dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
@@ -254,6 +257,11 @@ def plans(cfg: TrunkConfig, inputs: Inputs) -> dict:
   return attend.plans(masks, inputs.doc.shape[0], cfg.attention, cfg.context, **options)
 
 
+def drafted(cfg: TrunkConfig, targets: dict[str, Target]) -> bool:
+  """A draft head is asked."""
+  return any(cfg.head(t.head).kind == "draft" for t in targets.values())
+
+
 class Trunk(nn.Module):
   """Inputs → Outputs; see `Model.apply`."""
 
@@ -284,13 +292,20 @@ class Trunk(nn.Module):
     x, new, stats = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
     x, tapped = x
     taps = None if tapped is None or depth is not None else tapped[1]
-    x = trunk_norm(cfg, "final_norm")(x)
+    norm, prefix = trunk_norm(cfg, "final_norm"), None
+    if (
+      cfg.prefix and depth is None and (self.is_initializing() or cache is not None or drafted(cfg, targets))
+    ):
+      past = None if cache is None else cache.layers["prefix"]
+      (y, _), later, _ = Stack(cfg.prefixed, name="prefix")((x, None), past, ctx)
+      prefix, new = norm(y), None if cache is None else new | {"prefix": later}
+    x = norm(x)
     if cfg.adaln == "zero":
       shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
       mod = Linear(cfg, "bec,cnd->bend", shape, axes, True, 0.0, name="final_mod")(ctx["cond"])
       scale, shift = modulation(mod, ctx["cond_index"], (0, 0))
       x = x * (1 + scale) + shift
-    dists = out(x, tables, targets, taps, inputs.pos, anchor)
+    dists = out(x, tables, targets, taps, inputs.pos, anchor, prefix)
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
       new = None if depth is not None else {"code": code, "layers": new}
@@ -298,6 +313,7 @@ class Trunk(nn.Module):
     if cfg.moe is not None and depth is None:
       layers["router"] = per_layer(stats, cfg)
     layers |= {} if taps is None else {"taps": taps}
+    layers |= {} if prefix is None else {"prefix": prefix}
     return Outputs(dists, new, work, layers)
 
   def _anchor(self, inputs: Inputs, x, tables, ctx, out, cache):

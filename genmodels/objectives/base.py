@@ -501,7 +501,7 @@ def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.anchor import Anchored  # here: they import this module
   from genmodels.objectives.distill import BlockDistill
-  from genmodels.objectives.drafts import BlockDraft, MultiToken
+  from genmodels.objectives.drafts import BlockDraft, MultiToken, Taught
   from genmodels.objectives.energy import EnergyNCE
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
@@ -516,6 +516,7 @@ def registry() -> dict[str, type]:
     "block_distill": BlockDistill,
     "multi_token": MultiToken,
     "block_draft": BlockDraft,
+    "taught": Taught,
     "block_policy": BlockPolicy,
     "anchored": Anchored,
     "energy_nce": EnergyNCE,

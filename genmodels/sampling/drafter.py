@@ -59,8 +59,8 @@ class Context:
     row: tokens at coordinates < length are committed, others unspecified.
     length: int32[B], n ≥ 1. done: bool[B], rows that are over.
     first: bool[B], no verification yet: hidden is zero.
-    hidden: [B, D], the trunk's final hidden state of the slot that predicted the newest token (of coordinate
-      n−2): Medusa's head k reads it to draft coordinate n−1+k.
+    hidden: [B, D], the state that draft heads read (the trunk's final one, or that of its prefix layers) of
+      the slot that predicted the newest token (of coordinate n−2): Medusa's head k drafts coordinate n−1+k.
     keys: two uint32[B], fresh for each row and step; see `draw.token_keys`.
     cache: the target's cache, entries of coordinates < n−1, read only; None with cache "none".
   """

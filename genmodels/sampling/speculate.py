@@ -344,7 +344,9 @@ class Speculative(Sampler):
     done = s.done | ended | (length >= total)
     at_end = jnp.take_along_axis(went.node, went.accepted[:, None], 1)[:, 0]
     pick = lambda i: jnp.take_along_axis(out.layers["hidden"], i[..., None], 1)
-    hidden = jnp.where(s.done[:, None], s.hidden, pick(slot_of(laid.slot, at_end)[:, None])[:, 0])
+    read = out.layers.get("prefix", out.layers["hidden"])
+    last = jnp.take_along_axis(read, slot_of(laid.slot, at_end)[:, None, None], 1)[:, 0]
+    hidden = jnp.where(s.done[:, None], s.hidden, last)
     state = self.drafter.observe(
       params, own,
       self.seen(row.replace(tokens=now), key, s, length, count, went, found, out, pick, hidden), state,

@@ -50,13 +50,13 @@ smoke: $(VENV)/.stamp-core
 	$(BIN)/genmodels quickstart --smoke $(ARGS)
 
 test: $(VENV)/.stamp-dev
-	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "$(FAST) and not strict" $(ARGS) $(OR_EMPTY)
-	$(PYTEST) -n $(WORKERS) -m "$(FAST) and strict" $(ARGS) $(OR_EMPTY)
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) --dist worksteal -m "$(FAST) and not strict" $(ARGS) $(OR_EMPTY)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(FAST) and strict" $(ARGS) $(OR_EMPTY)
 
 # What test-all adds to test: reference parity, long tests, own processes, TPU compiles (libtpu: one process).
 test-extra: $(VENV)/.stamp-dev $(VENV)/.stamp-parity $(VENV)/.stamp-tpu
-	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "$(LONG) and not strict" $(ARGS) $(OR_EMPTY)
-	$(PYTEST) -n $(WORKERS) -m "$(LONG) and strict" $(ARGS) $(OR_EMPTY)
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) --dist worksteal -m "$(LONG) and not strict" $(ARGS) $(OR_EMPTY)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "$(LONG) and strict" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "multiprocess and not full" $(ARGS) $(OR_EMPTY)
 	$(PYTEST) -m "aot and not (full or multiprocess)" $(ARGS) $(OR_EMPTY)
 
@@ -80,7 +80,7 @@ test-compat:
 
 compat-run: $(VENV)/.stamp-dev
 	@$(BIN)/python -c 'import sys, jax; print("compat: Python", sys.version.split()[0], "jax", jax.__version__)'
-	$(FAST_XLA) $(PYTEST) -n $(WORKERS) -m "$(COMPAT_TESTS)" $(ARGS)
+	$(FAST_XLA) $(PYTEST) -n $(WORKERS) --dist worksteal -m "$(COMPAT_TESTS)" $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

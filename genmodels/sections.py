@@ -78,26 +78,41 @@ def qwen2(width: int, layers: int, heads: int, kv_heads: int, mlp: int, **kw) ->
   return llama(width, layers, heads, mlp, kv_heads=kv_heads, bias=bias, rope={"base": 1e6}, **kw)
 
 
+def masked_diffusion(weight: str, **schedule) -> dict:
+  """Full-attention masked diffusion: every token of a document is masked with one probability.
+
+  Args:
+    weight: of a masked token's cross-entropy.
+    schedule: of the corruption: `schedule`, `eps`, `time`.
+  """
+  return {
+    "kind": "tokens",
+    "corruption": {"kind": "absorb", "unit": "doc", "count": "bernoulli", **schedule},
+    "layout": {"kind": "streams", "streams": ("n",)},
+    "masks": {"full": "full"},
+    "terms": {"diffusion": {"stream": "n", "on": "hit", "weight": weight}},
+  }
+
+
+def mdlm() -> dict:
+  """MDLM's objective: log-linear noise and the weights of the bound."""
+  return masked_diffusion("nelbo", schedule="loglinear", eps=1e-3)
+
+
+def llada() -> dict:
+  """LLaDA's objective: t uniform, masking probability at least eps, weights 1/p."""
+  return masked_diffusion("inverse_marginal", schedule="floor", eps=1e-3, time="uniform")
+
+
 def adapted_ar(**schedule) -> dict:
   """Full-attention masked diffusion that keeps an AR head's shift: 1/p weights, averaged over masked tokens.
 
   Args:
     schedule: of the corruption, `schedule` and `eps`.
   """
-  term = {
-    "stream": "n",
-    "align": "shift",
-    "on": "hit",
-    "weight": "inverse_marginal",
-    "normaliser": "masked",
-  }
-  return {
-    "kind": "tokens",
-    "corruption": {"kind": "absorb", "unit": "doc", "count": "bernoulli", "time": "uniform", **schedule},
-    "layout": {"kind": "streams", "streams": ("n",)},
-    "masks": {"full": "full"},
-    "terms": {"diffusion": term},
-  }
+  objective = masked_diffusion("inverse_marginal", time="uniform", **schedule)
+  objective["terms"]["diffusion"] |= {"align": "shift", "normaliser": "masked"}
+  return objective
 
 
 def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:

@@ -142,6 +142,7 @@ def test_a_changed_default_is_seen(monkeypatch):
   assert {k for k in before if before[k] != after[k]} == {"optim"}
 
 
+@functools.cache
 def _laws(ref: str) -> str:
   """What the laws look at; variants that differ elsewhere are checked once."""
   return text({k: resolved(ref)[k] for k in ("objective", "latent")})

@@ -16,6 +16,8 @@ VARIANTS = ("tiny",)
 
 def get_config(variant: str = ""):
   model = sections.llama(768, 6, 12, 2048, dropout=0.1)
+  objective = sections.mdlm()
+  term = objective["terms"]["diffusion"]
   cfg = sections.system(
     "language/adlm",
     title="Anchored Diffusion Language Model",
@@ -27,21 +29,13 @@ def get_config(variant: str = ""):
       "tests/objectives/test_anchor.py::test_both_losses_train_the_anchor",
     ),
     model=model | {"anchor": 6, "heads": {"text": {}, "anchor": {}}},
-    objective={
+    objective=objective
+    | {
       "kind": "anchored",
-      "corruption": {
-        "kind": "absorb",
-        "unit": "doc",
-        "count": "bernoulli",
-        "schedule": "loglinear",
-        "eps": 1e-3,
-      },
-      "layout": {"kind": "streams", "streams": ("n",)},
-      "masks": {"full": "full"},
       "likelihood": "diffusion",
       "terms": {
-        "diffusion": {"stream": "n", "on": "hit", "weight": "nelbo"},
-        "anchor": {"head": "anchor", "stream": "n", "on": "hit", "weight": "nelbo", "scale": 3e-3},
+        "diffusion": term,
+        "anchor": term | {"head": "anchor", "scale": 3e-3},
       },
       "rare": 5,
     },

@@ -17,6 +17,7 @@ VARIANTS = ("tiny",)
 
 
 def get_config(variant: str = ""):
+  objective = sections.mdlm()
   cfg = sections.system(
     "language/edlm",
     title="Energy-Based Diffusion Language Models for Text Generation",
@@ -29,22 +30,11 @@ def get_config(variant: str = ""):
       "tests/sampling/test_energy.py::test_a_fresh_network_leaves_the_law",
     ),
     model=sections.llama(768, 12, 12, 2048, dropout=0.1),
-    objective={
+    objective=objective
+    | {
       "kind": "energy_nce",
-      "corruption": {
-        "kind": "absorb",
-        "unit": "doc",
-        "count": "bernoulli",
-        "schedule": "loglinear",
-        "eps": 1e-3,
-      },
-      "layout": {"kind": "streams", "streams": ("n",)},
-      "masks": {"full": "full"},
       "likelihood": "diffusion",
-      "terms": {
-        "diffusion": {"stream": "n", "on": "hit", "weight": "nelbo"},
-        "energy": {"stream": "n", "on": "hit"},
-      },
+      "terms": objective["terms"] | {"energy": {"stream": "n", "on": "hit"}},
     },
     trees={"energy": {"kind": "energy"}},
     players={

@@ -10,6 +10,8 @@ Legend: B rows · N clean tokens · D documents.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ EVAL_STEP = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for each shape: a program draws many times
 def threefry2x32(k0, k1, x0, x1) -> tuple[Array, Array]:
   """Threefry-2x32-20 of key (k0, k1) and counter (x0, x1); all uint32, broadcast against each other."""
   k0, k1, x0, x1 = (jnp.asarray(a, jnp.uint32) for a in (k0, k1, x0, x1))

@@ -120,21 +120,19 @@ class Evaluator:
     )  # given, as in training: a diffusion model does not pay for it
     pieces = [(i, 0, ids, int(ids[0] == bos)) for i, ids in enumerate(rows)]
     shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    return self._over(self._rows(pieces, size, shards), trees, step, block, 1 << 62, shards)
+    batches = piece_batches(pieces, size, shards, self.data.meta)
+    return self._over(batches, trees, step, block, 1 << 62)
 
-  def _over(self, batches, trees, step, block, limit, rows: int = 0) -> dict:
-    """Evaluates whole batches of `rows` (every process needs the bytes of all documents)."""
-    rows = rows or self.batch_size
+  def _over(self, batches, trees, step, block, limit) -> dict:
+    """Evaluates whole batches (every process needs the bytes of all documents)."""
     likelihood = self.likelihood(step, block)
     tally = Tally()
-    ranges = multihost.row_ranges(rules.row_sharding(self.mesh), rows)
     with rules.use_mesh(self.mesh):
       for batch in batches:
         if tally.documents >= limit:
           break
         size = self.data.bytes_of(batch).reshape(-1)
-        mine = {k: np.concatenate([v[a:b] for a, b in ranges]) for k, v in batch.items()}
-        row = system.row_of(multihost.global_batch(mine, self.mesh, rows))
+        row = system.row_of(multihost.whole_batch(batch, self.mesh))
         nll, tokens = likelihood(trees, row, self.key)
         left = limit - tally.documents
         keep = np.cumsum(tokens > 0) <= left
@@ -153,10 +151,7 @@ class Evaluator:
       ids = np.concatenate([ends[0], ids, ends[1]])
       starts = range(0, max(len(ids) - 1, 1), N - 1)
       pieces += [(i, j, ids[a : a + N], len(ends[0]) if a == 0 else 1) for j, a in enumerate(starts)]
-    yield from self._rows(pieces, N, self.batch_size)
-
-  def _rows(self, pieces, N: int, B: int):
-    return piece_batches(pieces, N, B, self.data.meta)
+    return piece_batches(pieces, N, self.batch_size, meta)
 
 
 def piece_batches(pieces, N: int, B: int, meta):

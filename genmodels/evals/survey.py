@@ -40,13 +40,10 @@ class Survey:
     return step % self.search.every == 0
 
   def __call__(self, state: TrainState, step: int) -> TrainState:
-    ranges = multihost.row_ranges(rules.row_sharding(self.mesh), self.batch_size)
     total = None
     with rules.use_mesh(self.mesh):
       for i in range(min(self.search.batches, self.data.plan.steps)):
-        batch = self.data.batch(i)
-        mine = {k: np.concatenate([v[a:b] for a, b in ranges]) for k, v in batch.items()}
-        row = system.row_of(multihost.global_batch(mine, self.mesh, self.batch_size))
+        row = system.row_of(multihost.whole_batch(self.data.batch(i), self.mesh))
         for r in range(self.search.draws):
           # Fetched one by one: programs with collectives in flight together may deadlock host devices.
           one = jax.device_get(self._sums(state.trees, row, self.key, np.int32(step), np.int32(r)))

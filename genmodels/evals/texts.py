@@ -245,7 +245,7 @@ class TextModel:
     """(negative log-likelihood, its standard error, tokens, greedy), [B] each."""
     run, key = self.run, jax.random.key(self.cfg.seed)
     with rules.use_mesh(run.mesh):
-      row = system.row_of(self._global(batch))
+      row = system.row_of(multihost.whole_batch(batch, run.mesh))
       if self.exact:
         nll, tokens, greedy = jax.device_get(self._exact(run.trees, row, key))
         return nll[:, 0].astype(np.float64), np.zeros(len(nll)), tokens[:, 0], greedy[:, 0]
@@ -273,11 +273,6 @@ class TextModel:
       per_doc(row.doc, jnp.where(asked, x, 0).astype(jnp.float32), D) for x in (nll, asked, wrong)
     )
     return nll, tokens, wrong == 0
-
-  def _global(self, batch):
-    ranges = multihost.row_ranges(rules.row_sharding(self.run.mesh), self.rows)
-    mine = {k: np.concatenate([v[a:b] for a, b in ranges]) for k, v in batch.items()}
-    return multihost.global_batch(mine, self.run.mesh, self.rows)
 
   # -- generation -----------------------------------------------------------------------------------
 

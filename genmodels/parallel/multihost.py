@@ -178,6 +178,14 @@ def global_batch(rows: Mapping[str, np.ndarray], mesh, batch: int) -> dict[str, 
   return out
 
 
+def whole_batch(rows: Mapping[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+  """`global_batch` of a batch that every process has whole: {name: array [batch, …]}."""
+  batch = len(next(iter(rows.values())))
+  ranges = row_ranges(rules.row_sharding(mesh), batch)
+  mine = {k: np.concatenate([v[lo:hi] for lo, hi in ranges]) for k, v in rows.items()}
+  return global_batch(mine, mesh, batch)
+
+
 def agree(flag: bool) -> bool:
   """True if `flag` is true on every process: one all-gather, and every process must call it."""
   if jax.process_count() == 1:

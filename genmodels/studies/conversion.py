@@ -3,7 +3,7 @@
   python -m genmodels.studies.conversion --workdir runs/study-conversion
   python -m genmodels.studies.conversion --workdir runs/small --scale 0.05 --recipes nbdiff,bd3lm
 
-  data → ar → each recipe from it, masked diffusion from scratch → likelihoods → curves → memory → report
+  data → ar → recipes from it, masked diffusion from scratch → likelihoods → curves → memory, pace → report
 
 The estimate is printed first. A finished stage is read back, an interrupted one goes on from its last
 checkpoint, so the same command may be killed and repeated. The report is Markdown with PNG figures, and
@@ -21,6 +21,8 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
+import statistics
 import sys
 import time
 import warnings
@@ -58,6 +60,7 @@ TAUS = (0.3, 0.5, 0.7, 0.9, 1.0)
 STEPS = (8, 16, 32, 64)  # whole sequences: steps of a text of NEW tokens
 GIVEN, NEW = 32, 64
 DRAWS = 8  # of a likelihood bound
+PACE = (3, 15)  # a short run's steps whose median is its pace: behind compilation
 STAGE_S = 15.0  # compilation and opening of a stage; measured on two CPU cores
 
 
@@ -167,7 +170,7 @@ def estimate(options: Options, rate: float) -> float:
       evaluated *= len(BLOCKS)
     tokens = tokens_of(options, name) + evaluated / 3  # an evaluation is a forward pass
     total += tokens * (per_slot * streams + 6 * m["width"] * vocab)
-  return total / rate + STAGE_S * 3 * (len(options.recipes) + 1)
+  return total / rate + STAGE_S * 4 * (len(options.recipes) + 1)
 
 
 def matmul_rate() -> float:
@@ -198,12 +201,14 @@ def study(root: str, options: Options, out=None) -> dict:
     "ar",
     *options.recipes,
     *(f"{k}-{r}" for k in ("likelihood", "curve") for r in ("ar", *options.recipes)),
+    "memory",
+    *(f"pace-{r}" for r in ("ar", *options.recipes)),
   ]
   with Live(out) as live:
-    stages = quick.Stages(folder, options, live, [*names, "memory"])
+    stages = quick.Stages(folder, options, live, names)
     began = time.monotonic()
     seconds = estimate(options, matmul_rate())
-    live.write(f"{len(names) + 1} stages, about {metrics.duration(seconds)} on this machine if it is idle\n")
+    live.write(f"{len(names)} stages, about {metrics.duration(seconds)} on this machine if it is idle\n")
     facts = stages("data", "text of this machine", lambda: _prepare(folder, options))
     runs, held, curves = {}, {}, {}
     for name in ("ar", *options.recipes):
@@ -216,10 +221,15 @@ def study(root: str, options: Options, out=None) -> dict:
       do = functools.partial(_curve, name, opened, options)
       curves[name] = stages(f"curve-{name}", f"quality against parallelism: {name}", do)
     memory = stages("memory", "memory of the steps", lambda: _memory(folder, options))
+    pace = {}
+    for name in runs:
+      do = functools.partial(_pace, name, folder, options, live)
+      pace[name] = stages(f"pace-{name}", f"time of a step: {name}", do)
     live.stage("", "writing study.json and report.md")
     summary = {
       "options": dataclasses.asdict(options), "data": facts, "runs": runs, "likelihood": held,
-      "curves": curves, "memory": memory, "machine": quick.machine(), "estimated_seconds": seconds,
+      "curves": curves, "memory": memory, "pace": pace, "machine": quick.machine(),
+      "estimated_seconds": seconds,
     }  # fmt: skip
     quick._write_json(folder / "study.json", summary)
     conversion_report.write(summary, folder)
@@ -313,6 +323,21 @@ def _memory(root: pathlib.Path, options: Options) -> dict:
     found = compiled.memory_analysis()
     out[name] = {"temp_bytes": found.temp_size_in_bytes, "argument_bytes": found.argument_size_in_bytes}
   return out
+
+
+def _pace(name: str, root: pathlib.Path, options: Options, live: Live) -> dict:
+  """Seconds of a step: the median of a short run. Short runs follow each other, so that they have met the
+  same machine, which runs of an hour have not."""
+  cfg = recipe(name, root, options)
+  cfg.train.update(steps=PACE[1], save_every=0)
+  folder = root / "pace" / name
+  shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
+  if train.train(cfg, str(folder), out=live).stopped:
+    raise KeyboardInterrupt
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  taken = [r["step_seconds"] for r in rows if r.get("step", 0) > PACE[0] and "step_seconds" in r]
+  shutil.rmtree(folder)
+  return {"step_seconds": statistics.median(taken), "fastest": min(taken), "steps": len(taken)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -105,20 +105,18 @@ def curve_table(summary: Mapping) -> str:
 
 
 def cost_table(summary: Mapping) -> str:
-  """Tokens, steps, seconds of every run, and compiled temporaries where they were measured."""
-  rows, runs = [], summary["runs"]
-  base = runs["ar"]["step_seconds"] / runs["ar"]["tokens"]
+  """Tokens and steps of every run, its pace, and compiled temporaries where they were measured."""
+  rows, pace = [], summary["pace"]
   temp = summary["memory"]["ar"]["temp_bytes"]
-  for name, r in runs.items():
-    ratio = r["step_seconds"] / r["tokens"] / base
+  for name, r in summary["runs"].items():
+    took = pace[name]["step_seconds"]
+    ratio = took / pace["ar"]["step_seconds"]
     memory = summary["memory"].get(name)
     share = f"{memory['temp_bytes'] / 2**20:.0f} MiB ({memory['temp_bytes'] / temp:.2f}×)" if memory else ""
     rows.append([
-      TITLES[name], f"{r['tokens']:,}", r["steps"], f"{r['step_seconds']:.0f}", f"{ratio:.2f}×", share,
+      TITLES[name], f"{r['tokens']:,}", r["steps"], f"{took:.3f}", f"{ratio:.2f}×", share,
     ])  # fmt: skip
-  return _rows(
-    ["run", "tokens", "steps", "seconds in steps", "time per token", "temporaries of a step"], rows
-  )
+  return _rows(["run", "tokens", "steps", "seconds a step", "against AR", "temporaries of a step"], rows)
 
 
 def _likelihood_figure(summary: Mapping, path: pathlib.Path) -> None:

@@ -53,11 +53,12 @@ def test_the_report_shows_every_number():
     "setting": "tau=0.5", "tokens_per_forward": 2.5, "tokens_per_second": None, "bits_per_byte": 1.75,
     "stderr": 0.05, "entropy": 6.5, "repeated": 0.125,
   }  # fmt: skip
-  run = {"tokens": 1000, "steps": 10, "step_seconds": 2.0, "parameters": 5000}
+  run = {"tokens": 1000, "steps": 10, "parameters": 5000}
   summary = {
     "options": {"block": 8, "prompts": 3},
     "data": {s: {"tokens": 9, "documents": 2, "vocab_size": 4} for s in ("train", "heldout")} | {"sources": {"x": 3}},
-    "runs": {"ar": run, "bd3lm": run | {"step_seconds": 5.0}},
+    "runs": {"ar": run, "bd3lm": run},
+    "pace": {"ar": {"step_seconds": 2.0}, "bd3lm": {"step_seconds": 5.0}},
     "likelihood": {
       "ar": {"exact": True, "blocks": {"0": like(1.5)}, "ar": None},
       "bd3lm": {"exact": False, "blocks": {"4": like(1.625), "8": like(1.875)}, "ar": like(2.0)},
@@ -69,7 +70,7 @@ def test_the_report_shows_every_number():
   page = conversion_report.page(summary)
   for text in (
     "| BD3-LM | 2.000 ± 0.050 | 1.625 ± 0.050 | 1.875 ± 0.050 |",
-    "2.50× | 3 MiB (3.00×)",
+    "5.000 | 2.50× | 3 MiB (3.00×)",
     "12.5%",
     "1.250",
   ):
@@ -108,3 +109,4 @@ def test_a_small_study(tmp_path, capsys):
   assert set(first["likelihood"]["nbdiff"]["blocks"]) == {"1", "2", "4", "8", "16", "32"}
   assert first["likelihood"]["tidar"]["exact"] and first["likelihood"]["nbdiff"]["ar"]
   assert first["memory"]["llada"]["temp_bytes"] > 0
+  assert all(first["pace"][n]["step_seconds"] > 0 and first["pace"][n]["steps"] == 12 for n in first["runs"])

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from genmodels import config, metrics, optim, system
+from genmodels import config, metrics, models, optim, system
 from genmodels import state as states
 from genmodels.config import ConfigError
 from genmodels.contracts import Row
@@ -325,7 +325,8 @@ class Program:
     step: (state, row, key) -> (state, metrics), not jitted; jitted: the same, compiled on its first call,
       the state donated.
     state: TrainState of ShapeDtypeStructs with their shardings. key: of the run, alike.
-    fresh: jitted, key -> a new state in place. rebuild: jitted, trees -> a state around them.
+    fresh: jitted, key -> a new state in place. rebuild: (trees, {tree: names of leaves that were not loaded})
+      -> a state around them.
     lr: step -> learning rate. moving: bool tree, what is trained.
     shapes, axes: of the parameters. dropped: parameters left whole where the mesh does not divide them.
   """
@@ -453,9 +454,10 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
   moving = optim.trainable(ocfg, shapes)
   seats = players(parts, Player("model", ("model",), (), tx, 1, moving), steps)
   owns = {p.name: p.trees for p in seats}
-  begin = lambda trees: states.create(
-    trees, {p.name: p.tx for p in seats}, initial_stats(cfg, objective), owns
-  )
+
+  def begin(trees, fresh=None):
+    trees = models.joint.start(model.cfg, parts.nets, trees, fresh)
+    return states.create(trees, {p.name: p.tx for p in seats}, initial_stats(cfg, objective), owns)
 
   def fresh(key):
     params = model.init(key)
@@ -484,7 +486,7 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
     state=state,
     key=key,
     fresh=jax.jit(fresh, out_shardings=shardings),
-    rebuild=jax.jit(begin, out_shardings=shardings),
+    rebuild=lambda trees, new=None: jax.jit(lambda t: begin(t, new or {}), out_shardings=shardings)(trees),
     lr=lr,
     moving=moving,
     shapes=shapes,

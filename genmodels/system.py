@@ -16,6 +16,8 @@ from genmodels.contracts import Documents, Row
 from genmodels.objectives import laws
 from genmodels.parallel import rules
 
+CLASSES = ("categorical", "draft", "block", "joint")  # kinds of heads over the vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class System:
@@ -83,6 +85,7 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
     notes += [f"{warning} (model.attention_safe=True)"]
   attention = f"{implementation} ({why})"
   nets = networks(cfg, model)
+  models.joint.check(model.cfg, nets)
   return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes), nets)
 
 
@@ -127,7 +130,7 @@ def _with_vocabulary(section, meta, objective) -> dict:
     section["vocab"] = int(meta["vocab"])
   heads = section.setdefault("heads", {"text": {}})
   for head in heads.values():
-    whole = head.get("kind", "categorical") in ("categorical", "draft", "block") and head.get("size") is None
+    whole = head.get("kind", "categorical") in CLASSES and head.get("size") is None
     if (
       whole and 0 <= objective.mask_id < section.get("vocab", objective.mask_id + 1) and "forbid" not in head
     ):
@@ -211,8 +214,9 @@ def networks(cfg, model) -> dict[str, Any]:
 def functions(cfg, model) -> dict[str, Callable]:
   """Networks by name: "model", `networks`, and `trees.<name> = {"view": "no_lora"}`: the model's tree without
   adapters."""
-  fns = {"model": lambda trees, *a, **kw: model.apply(trees["model"], *a, **kw)}
-  for name, net in networks(cfg, model).items():
+  nets = networks(cfg, model)
+  fns = {"model": models.joint.function(model, nets)}
+  for name, net in nets.items():
     fns[name] = lambda trees, *a, name=name, net=net, **kw: net.apply(trees[name], *a, **kw)
   for name, spec in config.plain(cfg.get("trees", {}) or {}).items():
     if name in fns:

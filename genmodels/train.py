@@ -85,6 +85,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   lead = jax.process_index() == 0
   workdir = pathlib.Path(workdir)
   ledger = metrics.Ledger(workdir / "goodput.jsonl" if lead else None)
+  adopt.networks(cfg, str(workdir))
 
   # -- the pieces, all checked before anything compiles -----------------------------------------------
   tcfg = config.build(TrainConfig, cfg.train, "train")
@@ -145,6 +146,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       state, origin = initialisation.initialise(
         saver, program.state, lambda: program.fresh(key), config.plain(cfg.init), tcfg.steps,
         axes=program.axes, rebuild=program.rebuild,
+        others={name: net.logical_axes() for name, net in parts.nets.items()},
       )  # fmt: skip
   say(f"parameters {models.count(program.shapes):,} · mesh {dict(mesh.shape)} · {origin}")
   for text in program.dropped:

@@ -45,6 +45,7 @@ FLAGS = {
   "train": {"--help", "--config", "--workdir", "--from", "--debug"},
   "systems": {"--help", "--json", "--markdown"},
   "sample": {
+    "--chat",
     "--help",
     "--json",
     "--labels",
@@ -57,6 +58,8 @@ FLAGS = {
     "--sampler",
     "--seed",
     "--step",
+    "--suffix",
+    "--template",
     "--workdir",
   },
   "eval": {

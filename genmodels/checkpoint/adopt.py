@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -18,7 +19,7 @@ from genmodels.config import ConfigError
 from genmodels.data import tokenizers
 from genmodels.models import model as models
 
-DRAFTS = ("draft", "block", "latent")  # kinds of heads that a config adds to a checkpoint's
+DRAFTS = ("draft", "block", "latent", "joint")  # kinds of heads that a config adds to a checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
   _same_tokenizer(config.plain(cfg.data), facts, source, workdir)
   notes = []
   init: dict[str, Any] = {"kind": "workdir", "path": root}
+  init |= {k: v for k, v in (config.plain(cfg.get("init")) or {}).items() if k == "beside"}
   objective = cfg.objective
   noisy = objective.get("corruption", {}).get("kind", "clean") != "clean"
   own = imported["objective"].get("mask_id", -1)
@@ -96,6 +98,46 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
   cfg.init = ml_collections.ConfigDict(init)
   notes.append(f"model and parameters of {root} ({source.manifest['layout']})")
   return Adopted(tuple(notes))
+
+
+def networks(cfg: ml_collections.ConfigDict, workdir: str) -> None:
+  """Gives networks beside the model (`trees.<name>` of kind "backbone") the shape of what they start from.
+
+  Where `init.beside.<name>` names a run or an import and the config no shape, it is read there, in place, and
+  a joint head that reads the network gets its width. A run that has begun keeps what it began with.
+  """
+  trees, stored = cfg.get("trees") or {}, pathlib.Path(workdir) / "config.json"
+  for name, recipe in ((cfg.get("init") or {}).get("beside") or {}).items():
+    tree = trees.get(name)
+    if tree is None or tree.get("kind") != "backbone" or tree.get("model"):
+      continue
+    if stored.is_file():
+      section = json.loads(stored.read_text())["trees"][name].get("model")
+    else:
+      section = shape_of(recipe["path"])
+    if not section:
+      continue
+    section = hf_import.tuples(section)
+    tree.model = ml_collections.ConfigDict(section)
+    for head in cfg.model.get("heads", {}).values():
+      if head.get("beside") == name and head.get("width") is None:
+        head.width = section["width"]
+
+
+def shape_of(path: str) -> dict:
+  """The model section of a run or an import as far as it is the shape of a checkpoint; of its heads "text".
+
+  Raises:
+    FileNotFoundError: neither a run nor an import.
+  """
+  root = pathlib.Path(path).expanduser()
+  if not (root / "config.json").is_file():
+    raise FileNotFoundError(f"{root}/config.json does not exist: it is neither a run's workdir nor an import")
+  file = next(f for f in (root / "resolved.json", root / "config.json") if f.is_file())
+  model = json.loads(file.read_text())["model"]
+  run = {*hf_config.RUN_FIELDS, "context"} - {"vocab_multiple"}
+  kept = {k: v for k, v in model.items() if k not in run and not k.startswith("attention_")}
+  return {"vocab_multiple": 1} | kept | {"heads": {"text": dict(model.get("heads") or {}).get("text", {})}}
 
 
 def _like(head) -> str:

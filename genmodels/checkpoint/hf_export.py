@@ -7,7 +7,8 @@
 Writes config.json, safetensors (in shards with an index where they are large), the tokenizer as it was
 imported and, for diffusion models, how they decode. An untouched import gives every tensor back bit for bit.
 Adapters are merged into the weights, or written as a PEFT folder (--adapters peft); draft heads, which no
-layout has tensors for, stay behind and are named. The folder is built beside DST and renamed at the end.
+layout has tensors for, stay behind and are named. A decoder over two networks is a file beside the model,
+decoder.safetensors; --tree exports the second network. The folder is built beside DST and renamed at the end.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ import numpy as np
 from genmodels import config
 from genmodels.checkpoint import folder, hf_adapters, hf_config, hf_import, hf_names, init, tensors
 from genmodels.config import ConfigError
-from genmodels.models import TrunkConfig
+from genmodels.models import NETS, TrunkConfig
 from genmodels.models import model as models
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DECODER = "decoder.safetensors"  # heads over the states of two networks
 CARRY = "hf"  # folder of a workdir: what its import brought along (train copies it there)
 
 
@@ -50,6 +52,7 @@ class Source:
     duplicates: tensors that the import had twice.
     step: of the checkpoint.
     notes: what stays behind, for people.
+    joint: heads over the states of this model and of another network.
   """
 
   cfg: TrunkConfig
@@ -64,6 +67,7 @@ class Source:
   step: int
   adapted: tuple[str, ...] = ()
   notes: tuple[str, ...] = ()
+  joint: tuple[str, ...] = ()
 
 
 def export_folder(
@@ -77,7 +81,7 @@ def export_folder(
     dtype: "source": each tensor as the import had it (the model's master type where there was none);
       or "float32", "bfloat16", "float16".
     like: Hugging Face folder or import to take config.json and tokenizer from, where the run has none.
-    tree: "model" or "ema"; "": the average, where the run keeps one.
+    tree: "model", "ema" or a network beside the model; "": the average, where the run keeps one.
     step: −1 or None the newest that verifies.
     shard_bytes: largest file.
     adapters: "merge" them into the weights, "drop" them (the base model), or "peft": the adapters alone.
@@ -127,6 +131,7 @@ def export_folder(
       sizes = hf_adapters.write(work, source.cfg, kind, value, source.adapted, stored, metadata)
     else:
       _write(work, value, source, kind, entries, specs, files, say)
+      _write_decoders(work, value, source, dtype)
       config.write_json(work / "config.json", hf)
     if carried is not None:
       for name in folder.CARRIED:
@@ -178,7 +183,11 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
     )
   resolved = _json(root / "resolved.json")
   section = dict(resolved.get("model") or ours["model"])
-  cfg, kept, notes = _without_drafts(models.build(hf_import.tuples(section)).cfg, list(recorded))
+  whole = models.build(hf_import.tuples(section))
+  net = ours.get("trees", {}).get(tree, {})
+  if isinstance(net, Mapping) and net.get("kind") == "backbone":
+    whole = NETS["backbone"](net.get("model", {})).network(whole)
+  cfg, kept, notes, joint = _without_drafts(whole.cfg, list(recorded))
   adapted = hf_adapters.sites(kept)
   kept = [n for n in kept if not n.endswith((hf_adapters.A, hf_adapters.B))]
   host = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
@@ -193,17 +202,21 @@ def open_source(src: str, tree: str = "", step: int | None = None) -> Source:
   carried = root if isinstance(checkpoint, folder.Folder) else root / CARRY
   return Source(
     cfg, tuple(kept), value, ours, resolved, carried if carried.is_dir() else None, facts.get("layout", ""),
-    facts.get("hf_dtypes", {}), facts.get("duplicates", []), step, tuple(adapted), notes,
+    facts.get("hf_dtypes", {}), facts.get("duplicates", []), step, tuple(adapted), notes, joint,
   )  # fmt: skip
 
 
-def _without_drafts(cfg: TrunkConfig, names: list[str]) -> tuple[TrunkConfig, list[str], tuple[str, ...]]:
-  """The trunk and its leaves without the heads that only draft, and what to say of them."""
-  gone = [name for name, head in cfg.heads if head.drafts]
+def _without_drafts(cfg: TrunkConfig, names: list[str]):
+  """The trunk and its leaves without the heads that are no layout's, what to say of them, and the joint
+  ones."""
+  joint = tuple(name for name, head in cfg.heads if head.kind == "joint")
+  gone = [name for name, head in cfg.heads if head.added]
   cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone), prefix=0)
   kept = [n for n in names if not n.startswith(("prefix/", *(f"heads/{name}/" for name in gone)))]
-  notes = (f"draft heads stay in the run: {', '.join(gone)}",) if len(kept) < len(names) else ()
-  return cfg, kept, notes
+  drafts = [name for name in gone if name not in joint]
+  notes = (f"draft heads stay in the run: {', '.join(drafts)}",) if drafts and len(kept) < len(names) else ()
+  notes += (f"{DECODER} holds {', '.join(joint)}, over the states of two networks",) if joint else ()
+  return cfg, kept, notes, joint
 
 
 def carry(origin: str, workdir: pathlib.Path) -> None:
@@ -379,6 +392,18 @@ def _write(work, value, source: Source, kind: str, entries, specs, files, say) -
     config.write_json(work / tensors.INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
+def _write_decoders(work, value, source: Source, dtype: str) -> None:
+  """DECODER: "<head>.weight" [V, D + E] of every joint head, a linear layer on [state of the model before the
+  token; state of the other network at the token]."""
+  stored = DTYPES[source.cfg.param_dtype if dtype == "source" else dtype]
+  kernels = {f"{name}.weight": value(f"heads/{name}/kernel")[:, : source.cfg.vocab] for name in source.joint}
+  if not kernels:
+    return
+  tensors.create(work / DECODER, {n: (stored, k.shape[::-1]) for n, k in kernels.items()}, {"format": "pt"})
+  for name, tensor in tensors.header(work / DECODER)[0].items():
+    tensors.copy_into(tensor.open("r+"), kernels[name].T)
+
+
 def _by_leaf(entries) -> Iterator[tuple[str, list]]:
   groups = collections.defaultdict(list)
   for e in entries:
@@ -396,7 +421,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--layout", default="", help="names and config of: " + ", ".join(hf_names.LAYOUTS))
   parser.add_argument("--dtype", default="source", help="source (default), float32, bfloat16 or float16")
   parser.add_argument("--like", default="", help="folder to take config.json and tokenizer from")
-  parser.add_argument("--tree", default="", help="model or ema (default: the average, where there is one)")
+  parser.add_argument(
+    "--tree", default="", help="model, ema or a second network (default: the average, where there is one)"
+  )
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
   parser.add_argument(
     "--adapters",

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -82,6 +83,7 @@ class InitRecipe:
     mask_id: the mask token's id; −1 with a mask_row is an error.
     reserved_id: for "reserved".
     seed: of the noise.
+    beside: {tree: InitRecipe}, where networks beside the model (section `trees`) come from.
 
   Raises:
     ValueError: a mask row without ids, or an unknown kind of it.
@@ -100,8 +102,11 @@ class InitRecipe:
   mask_id: int = -1
   reserved_id: int = -1
   seed: int = 0
+  beside: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
+    parts = {n: config.build(InitRecipe, s, f"init.beside.{n}") for n, s in sorted(self.beside.items())}
+    object.__setattr__(self, "beside", parts)
     if self.mask_row not in ("", "reserved", "mean_noise"):
       raise ValueError(f"mask_row = {self.mask_row!r}: '', 'reserved' or 'mean_noise'")
     if self.average and (self.step < 0 or len({self.step, *self.average}) <= len(self.average)):
@@ -201,7 +206,8 @@ def initialise(
   steps: int = 0,
   *,
   axes: Any = None,
-  rebuild: Callable[[dict], Any] | None = None,
+  rebuild: Callable[..., Any] | None = None,
+  others: Mapping[str, Any] | None = None,
 ) -> tuple[Any, str]:
   """The state to start from, by the order in the module's docstring.
 
@@ -213,7 +219,9 @@ def initialise(
     steps: length of the run, for the message only.
     axes: logical axes of the parameters (tree of tuples), for vocabulary surgery.
     rebuild: {tree: parameters} → state; needed where the optimizer's state depends on the parameters
-      (schedule-free keeps a copy of them).
+      (schedule-free keeps a copy of them). Where leaves keep fresh values, their names {tree: set} come
+      second.
+    others: {network beside the model: its logical axes}.
 
   Returns:
     The state, and a line that says where it comes from.
@@ -237,27 +245,33 @@ def initialise(
 
   state = make()
   names = source.to or tuple(t for t in ("model", "ema") if t in state.trees)
-  unknown = [t for t in names if t not in state.trees]
-  if unknown:
-    raise config.ConfigError(
-      f"the run has the trees {sorted(state.trees)}",
-      key="init.to",
-      value=unknown,
-      fix="name trees of this run",
-    )
-  flat_axes = None if axes is None else param_paths(axes, is_leaf=lambda a: isinstance(a, tuple) or a is None)
-  trees, loaded = dict(state.trees), {}
-  for tree in names:
+  for key, wanted in (("to", names), ("beside", tuple(source.beside))):
+    unknown = [t for t in wanted if t not in state.trees]
+    if unknown:
+      raise config.ConfigError(
+        f"the run has the trees {sorted(state.trees)}",
+        key=f"init.{key}",
+        value=unknown,
+        fix="name trees of this run",
+      )
+  flat = lambda axes: None if axes is None else param_paths(axes, is_leaf=_is_axes)
+  recipes = [(tree, source, flat(axes)) for tree in names]
+  recipes += [(tree, recipe, flat((others or {}).get(tree))) for tree, recipe in source.beside.items()]
+  trees, loaded, steps_at, kept = dict(state.trees), {}, {}, {}
+  for tree, recipe, flat_axes in recipes:
     fresh = param_paths(state.trees[tree])
-    structure = tuple((n, x.shape, x.dtype, x.sharding) for n, x in fresh.items())
+    structure = id(recipe), *((n, x.shape, x.dtype, x.sharding) for n, x in fresh.items())
     if structure not in loaded:
-      leaves, step = source.load(fresh, flat_axes)
+      leaves, steps_at[id(recipe)] = recipe.load(fresh, flat_axes)
       loaded[structure] = leaves
     else:
       leaves = {n: x.copy() for n, x in loaded[structure].items()}  # own buffers: both may be donated
+    if recipe.scratch:
+      kept[tree] = {n for n in fresh if any(re.fullmatch(p, n) for p in recipe.scratch)}
     trees[tree] = jax.tree.unflatten(jax.tree.structure(state.trees[tree]), [leaves[n] for n in fresh])
+  step = steps_at[id(source)]
   if rebuild is not None:
-    state = rebuild(trees)
+    state = rebuild(trees, kept) if kept else rebuild(trees)
   else:
     _check_independent(state)
     state = state.replace(trees=trees)
@@ -266,7 +280,12 @@ def initialise(
   extras = [f"mask row {source.mask_id} ({source.mask_row})"] if source.mask_row else []
   extras += [f"fresh: {', '.join(source.scratch)}"] if source.scratch else []
   extras += [f"left behind: {', '.join(source.drop)}"] if source.drop else []
+  extras += [f"{t} from {r.tree!r} of {r.path}, step {steps_at[id(r)]}" for t, r in source.beside.items()]
   return state, "; ".join([what, *extras])
+
+
+def _is_axes(x: Any) -> bool:
+  return isinstance(x, tuple) or x is None
 
 
 def _check_independent(state: Any) -> None:

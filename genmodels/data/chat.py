@@ -36,6 +36,7 @@ TOO_LONG = ("drop", "cut")
 PADS = ("mask", "eos")
 ANCHORS = ("response", "document")
 ASSISTANT = "assistant"
+KEPT = "chat.json"  # beside prepared data: the template that rendered them
 
 # For tokenizers that come without a template: the layout that most published models derive from, and one that
 # needs no tokens of its own.
@@ -196,6 +197,47 @@ class Template:
     edges = np.cumsum([len(p) for p in parts])
     return "".join(parts), [(int(edges[i]), int(edges[i + 1])) for i in range(0, len(parts) - 1, 2)]
 
+  def save(self, folder: str) -> None:
+    """Writes the template and its variables, so that a sampler renders as the data were rendered."""
+    with open(os.path.join(folder, KEPT), "w") as f:
+      json.dump({"template": self.source, "tokens": self.tokens, "options": self._options}, f, indent=1)
+
+
+def kept(folder: str) -> Template | None:
+  """The template that data in `folder` were rendered with; None where they are no conversations."""
+  stored = _json(os.path.join(folder, KEPT)) if folder else {}
+  name = os.path.join(folder, KEPT)
+  return Template(stored["template"], stored["tokens"], name, stored["options"]) if stored else None
+
+
+def prompt(template: Template, messages: Sequence[Mapping], tokenizer, tools=None) -> tuple[np.ndarray, int]:
+  """Ids of turns up to an answer, as training gives them, and the id that ends the answer.
+
+  Raises: Malformed; DataError if the template reads otherwise once the answer is there.
+  """
+  _no_specials(messages, tokenizer)
+  answered = (*messages, {"role": ASSISTANT, "content": "answer"})
+  given = template.render(messages, tools, generation_prompt=True)
+  text, spans = template.learnt(answered, tools, last=True)
+  if not spans or text[: spans[-1][0]] != given:
+    found = text[: spans[-1][0] if spans else 40][-40:]
+    raise DataError(
+      f"chat template {template.name}: the turns before an answer end with {given[-40:]!r}, but before the "
+      f"answer itself stands {found!r}"
+    )
+  names, (a, b) = tokenizer.special_names(), spans[-1]
+  end = _stop(text, a, b, names)
+  ends = [n for n in names if text.endswith(n, a, end)]
+  stop = int(tokenizer.encode_special(max(ends, key=len))[-1]) if ends else tokenizer.specials["eos"]
+  return np.asarray(tokenizer.encode_special(given), np.int32), stop
+
+
+def _no_specials(messages, tokenizer) -> None:
+  """Raises Malformed for turns that spell a special token: they would end a turn, or begin one."""
+  for i, turn in enumerate(messages):
+    if found := [n for n in tokenizer.special_names() if n in str(turn.get("content", ""))]:
+      raise Malformed("special token in the content", f"turn {i} spells {found[0]!r}")
+
 
 def _raise(message):
   raise jinja2.TemplateError(message)
@@ -300,9 +342,7 @@ class Encoder:
 
   def _document(self, talk, messages, tokenizer) -> Document:
     names = tokenizer.special_names()
-    for i, turn in enumerate(messages):
-      if found := [n for n in names if n in str(turn.get("content", ""))]:
-        raise Malformed("special token in the content", f"turn {i} spells {found[0]!r}")
+    _no_specials(messages, tokenizer)
     text, spans = self.template.learnt(messages, talk.tools, last=self.learn != "all")
     spans = [(a, _stop(text, a, b, names)) for a, b in spans]
     if not spans or any(a >= b for a, b in spans):

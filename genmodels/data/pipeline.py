@@ -52,14 +52,16 @@ class Data:
     readers: one for each component of the plan.
     held: Data of the held-out documents for a batch size; None where there are none.
     plan_file: where the plan artefact lies, "" keeps none.
-  Attributes: plan, readers, meta, tokenizer (None where ids stand for no text).
+    folder: of prepared data, "" for others.
+  Attributes: plan, readers, meta, folder, tokenizer (None where ids stand for no text).
   """
 
   def __init__(
     self, plan: plans.Plan, readers: list, meta: Meta, *, tokenizer=None, token_bytes=None,
-    held: Callable[[int], Data] | None = None, plan_file: str = "", document_bytes: int = 0,
+    held: Callable[[int], Data] | None = None, plan_file: str = "", document_bytes: int = 0, folder: str = "",
   ):  # fmt: skip
     self.plan, self.readers, self.meta, self.tokenizer = plan, readers, meta, tokenizer
+    self.folder = folder
     self._token_bytes, self._held, self._plan_file = token_bytes, held, plan_file
     self._document_bytes = document_bytes  # of data whose tokens stand for no bytes of their own
     self._lock = threading.Lock()
@@ -267,6 +269,7 @@ class Text(_Planned):
     )
     table = tokenizer.token_bytes() if tokenizer else np.ones(vocab, np.int64)
     shared = {"tokenizer": tokenizer, "token_bytes": table}
+    folder = os.path.dirname(os.path.normpath(pairs[0][0]))
     held_paths = [self.heldout_path] if self.heldout_path else [h for _, h in pairs if h]
 
     def heldout(size):
@@ -279,7 +282,7 @@ class Text(_Planned):
 
     return Data(
       _plan(self, components, cost, batch_size, seed, stages=stages, unit=self.unit), readers, facts,
-      held=heldout if held_paths else None, plan_file=_plan_file(workdir), **shared,
+      held=heldout if held_paths else None, plan_file=_plan_file(workdir), folder=folder, **shared,
     )  # fmt: skip
 
   def _tokenizer(self, path):

@@ -126,6 +126,8 @@ def prepare(
   shutil.rmtree(tmp, ignore_errors=True)
   os.makedirs(tmp)
   meta = dict(meta or {}, bos=bos, eos=eos, heldout=heldout)
+  if chat is not None:
+    chat.template.save(tmp)
   if vocab_size is None:
     tokenizer.save(tmp)
     name = dict(hash=tokenizer.hash, kind=tokenizer.kind, specials=tokenizer.specials)

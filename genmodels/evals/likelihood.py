@@ -107,8 +107,8 @@ class Likelihood:
 
   @property
   def exact(self) -> bool:
-    """The term is read from the clean stream, which no noise reaches: every draw is the likelihood itself."""
-    return self.objective.terms[self.objective.likelihood].stream == CLEAN
+    """Every draw is the likelihood itself."""
+    return self.objective.exact
 
   def _bound(self, trees, row, key, r):
     nets = bind(self.fns, trees, self.latent, player="")
@@ -135,7 +135,7 @@ def check(objective) -> None:
 
 def notes(objective) -> list[str]:
   """What a reader of the number must know."""
-  out = []
+  out = [f"no likelihood of texts: {objective.measures}"] if objective.measures else []
   corruption = objective.corruption
   band = getattr(corruption, "band", None)
   if band is not None and (band[0].max(), band[1].min()) != (0.0, 1.0):

@@ -85,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     json.dump(body, sys.stdout, ensure_ascii=False)
     print()
     return 0
-  kind = "negative log-likelihood" if result["exact"] else f"upper bound of it, {result['draws']} draws"
+  what = run.parts.objective.measures
+  kind = (
+    f"negative log-likelihood{' ' * bool(what)}{what}" if result["exact"] or what else "upper bound of it"
+  )
+  kind += "" if result["exact"] else f", {result['draws']} draws"
   byte = f" · {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
   error = f" ± {result['stderr']:.4f}" if "stderr" in result else ""
   print(

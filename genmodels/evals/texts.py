@@ -140,7 +140,7 @@ class TextModel:
     self.rows = -(-cfg.batch_size // shards) * shards
     self.speed = Speed()
     self._seen: set = set()
-    objective, _ = at_step(run.parts.objective, run.step, cfg.block)
+    objective = at_step(run.parts.objective, run.step, cfg.block)[0].of_texts()
     with rules.use_mesh(run.mesh):
       fns = system.functions(run.parts.cfg, run.parts.exact)
       self.likelihood = Likelihood(objective, fns, run.parts.latent, cfg.draws)
@@ -329,7 +329,7 @@ class TextModel:
     shape = id(sampler), N, sampler.prefill_width(row)
     with rules.use_mesh(self.run.mesh):
       start = time.perf_counter()
-      got = sampler(self.run.trees["model"], row, jax.random.key(self.cfg.seed))
+      got = sampler(runs.parameters(self.run.parts, self.run.trees), row, jax.random.key(self.cfg.seed))
       got = jax.device_get(jax.block_until_ready(got))
       seconds = time.perf_counter() - start
     out = []

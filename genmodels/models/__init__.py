@@ -4,7 +4,7 @@ The only package (with latents/) that knows flax; outside of it parameters are n
 See docs/models.md.
 """
 
-from genmodels.models import lora
+from genmodels.models import joint, lora
 from genmodels.models.accounting import active_experts, attention_sizes, head_paths
 from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
 from genmodels.models.config import (
@@ -50,6 +50,7 @@ __all__ = [
   "fork_cache",
   "head_paths",
   "init_cache",
+  "joint",
   "layer_index",
   "layer_path",
   "lora",

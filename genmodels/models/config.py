@@ -196,7 +196,8 @@ class Head:
     kind: "categorical", "flow" (a velocity field on float[size], conditioned on the hidden state), "draft" (a
       categorical one over a transformed hidden state), "block" (layers of its own draft a block from hidden
       states of the trunk's) or "latent" (no distribution: the squared distance of two hidden states); see
-      models/drafts.py.
+      models/drafts.py. "joint": a categorical one over the state beside that of another network, see
+      models/joint.py.
     size: number of classes, or features of a flow head; None is the vocabulary.
     tied: use the token table as output weight.
     bias: add a bias to the logits.
@@ -205,15 +206,17 @@ class Head:
     zero_init: output weight starts at zero.
     chunk: read positions whose logits exist at one time.
     width, depth: flow: the MLP's width (None: the trunk's) and residual blocks. draft: blocks. block: layers.
+      joint: width of the other network (None: the trunk's).
     given: draft only: tokens before the predicted one whose embeddings are fed besides the hidden state.
     block: draft only: "residual" h + silu(W·[h; e]), W starting at 0, or "mlp" norm(silu(W·[h; e])).
-    like: draft, block: the head whose output weight it starts from, or uses if `shared` (a block always
-      does).
+    like: draft, block, joint: the head whose output weight it starts from, or uses if `shared` (a block
+      always does, a joint one never).
     taps: block only: layers of the trunk whose outputs it reads.
+    beside: joint only: the network of the section `trees` whose states it reads.
     time_scale: flow only: levels in [0, 1] are multiplied by it before the sinusoids.
   """
 
-  kind: Literal["categorical", "flow", "draft", "block", "latent"] = "categorical"
+  kind: Literal["categorical", "flow", "draft", "block", "latent", "joint"] = "categorical"
   size: int | None = None
   tied: bool = False
   bias: bool = False
@@ -229,14 +232,20 @@ class Head:
   like: str = "text"
   shared: bool = False
   taps: tuple[int, ...] = ()
+  beside: str = ""
 
   @property
-  def drafts(self) -> bool:
-    """Whether it only proposes (or trains): without it the model computes the same likelihoods."""
-    return self.kind in ("draft", "block", "latent")
+  def added(self) -> bool:
+    """Whether it stands beside the model's own heads, which compute the same without it: drafts, and joint
+    heads. No published layout has tensors for it."""
+    return self.kind in ("draft", "block", "latent", "joint")
 
   def __post_init__(self):
-    if self.kind in ("draft", "block") and (
+    if (self.kind == "joint") != bool(self.beside):
+      raise ValueError(
+        f"beside={self.beside!r} of kind {self.kind!r}: a joint head names a second network, others none"
+      )
+    if self.kind in ("draft", "block", "joint") and (
       self.size is not None or self.tied or self.bias or self.depth < 1
     ):
       raise ValueError(
@@ -403,7 +412,7 @@ class TrunkConfig:
           f"{self.width}, got {cond.size} and {self.cond_width}"
         )
     for name, head in self.heads:
-      if head.kind in ("draft", "block"):
+      if head.kind in ("draft", "block", "joint"):
         other = dict(self.heads).get(head.like)
         if other is None or (other.kind, other.size, other.bias) != ("categorical", None, False):
           raise ValueError(
@@ -413,7 +422,7 @@ class TrunkConfig:
         raise ValueError(f"head {name!r} places its tokens by rotary positions: rope is None")
       if any(not 0 <= i < self.layers for i in head.taps):
         raise ValueError(f"head {name!r}: taps={head.taps} are outside of the {self.layers} layers")
-      if head.kind in ("categorical", "draft", "block") and head.size is None and not self.vocab:
+      if head.kind in ("categorical", "draft", "block", "joint") and head.size is None and not self.vocab:
         raise ValueError(f"head {name!r} has the size of the vocabulary, but vocab=0: set its size")
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):

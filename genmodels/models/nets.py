@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from genmodels import rows
 from genmodels.config import ConfigError
 from genmodels.contracts import Inputs, Outputs, Target
-from genmodels.models.config import Head
+from genmodels.models.config import Head, from_section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,29 @@ class SecondTrunk:
 
   def network(self, model):
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+  """A trunk of a shape of its own, with its own head "text": a second language model.
+
+  Fields:
+    model: section of TrunkConfig; {}: the model's own shape. How it runs (attention, types where the section
+      does not say) follows the model.
+  """
+
+  model: dict = dataclasses.field(default_factory=dict)
+
+  def network(self, model):
+    cfg = model.cfg
+    if self.model:
+      shared = ("vocab", "vocab_multiple", "dtype", "param_dtype", "remat")
+      mine = from_section({name: getattr(cfg, name) for name in shared} | self.model)
+    else:
+      mine = dataclasses.replace(cfg, heads=(("text", cfg.head("text")),), lora=None, anchor=0)
+    runs = ("attention", "attention_tiles", "attention_capacity", "attention_deterministic", "attention_safe")
+    runs = {name: getattr(cfg, name) for name in (*runs, "context")}
+    return type(model)(dataclasses.replace(mine, **runs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,4 +163,4 @@ class EnergyNet:
     return rows.per_doc(inputs.doc, value, documents) / jnp.maximum(count, 1), out
 
 
-NETS = {"trunk": SecondTrunk, "choice": Choice, "energy": Energy}
+NETS = {"trunk": SecondTrunk, "backbone": Backbone, "choice": Choice, "energy": Energy}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from genmodels import kernels
 from genmodels.contracts import Inputs, Outputs, Target
 from genmodels.masks import AttnMask
-from genmodels.models import attend, drafts, heads, rope
+from genmodels.models import attend, drafts, heads, joint, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
@@ -216,7 +216,8 @@ class Heads(nn.Module):
       else:
         std = 0.0 if head.zero_init else None
         axes = ("embed", "vocab" if head.size is None else None)
-        weight, bias = Linear(cfg, "bsd,dv->bsv", (cfg.width, size), axes, head.bias, std, name=name)()
+        width = cfg.width + ((head.width or cfg.width) if head.kind == "joint" else 0)
+        weight, bias = Linear(cfg, "bsd,dv->bsv", (width, size), axes, head.bias, std, name=name)()
       made[name] = weight, bias
     dists = {}
     for term, target in targets.items():
@@ -243,6 +244,7 @@ class Heads(nn.Module):
         dists[term] = heads.Categorical(h, weight, None, valid, read, cfg.vocab)
       else:
         weight, bias = made[target.head]
+        h = joint.joined(h, target.given, head.width or cfg.width) if head.kind == "joint" else h
         size = cfg.vocab if head.size is None else head.size
         dists[term] = heads.Categorical(h, weight, bias, valid, head, size)
     return dists

@@ -444,6 +444,21 @@ class Objective:
     return self.prepare(row, key, step, latent)[2] | self.router.denominators()
 
   @property
+  def exact(self) -> bool:
+    """The term of the likelihood is read from the clean stream, which no noise reaches: every draw of `bound`
+    is the likelihood itself."""
+    return self.terms[self.likelihood].stream == CLEAN
+
+  @property
+  def measures(self) -> str:
+    """What `bound` is of where it is no likelihood of texts, for people; "" where it is one, or its bound."""
+    return ""
+
+  def of_texts(self) -> Objective:
+    """This objective with `bound` a likelihood of texts, or a bound of it."""
+    return self
+
+  @property
   def scales(self) -> dict[str, Schedule]:
     """{term: λ} of everything that `run` sums."""
     return {name: t.scale for name, t in self.terms.items()} | self.router.scales
@@ -506,6 +521,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
   from genmodels.objectives.image import NextScale, NextTokenImage
+  from genmodels.objectives.infill import Infill
   from genmodels.objectives.insertion import Insertion
   from genmodels.objectives.marginal import Marginal
   from genmodels.objectives.policy import BlockPolicy
@@ -528,6 +544,7 @@ def registry() -> dict[str, type]:
     "unrolled": Unrolled,
     "canvas": Canvas,
     "insertion": Insertion,
+    "infill": Infill,
     "marginal": Marginal,
   }
 

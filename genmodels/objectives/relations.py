@@ -20,6 +20,7 @@ NAMED = {
   "wedlm": ("BLK_EQ&ORD_LE", "BLK_LT", "POS_LE"),  # WeDLM: causal in observed-first order
   "any_order": (None, None, "ORD_LE"),
   "any_subset": (None, "ORD_LT", "ORD_LE"),  # AS-ARM: queries see given and earlier tokens' content
+  "infill": ("ALL", None, "POS_LE"),  # MARIA: two networks, a stream each
   # Eso-LM; blocks are groups of generation ranks (corruption.hybrid): (A) shown tokens see all shown ones,
   # (B) all is causal.
   "eso_a": ("BLK_EQ&ORD_LE", "BLK_LT", "ORD_LE|BLK_LE"),

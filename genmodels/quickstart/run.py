@@ -69,11 +69,12 @@ class Stages:
 
   def __init__(self, root: pathlib.Path, options: Any, live: Live, names: list[str]):
     self.root, self.live, self.names = root, live, names
-    self.key = {"options": dataclasses.asdict(options), "version": genmodels.__version__}
+    key = {"options": dataclasses.asdict(options), "version": genmodels.__version__}
+    self.key = json.loads(json.dumps(key))  # as it will be read: a tuple comes back as a list
     mark = root / "quickstart.json"
     if mark.exists() and (found := json.loads(mark.read_text())) != self.key:
       raise config.ConfigError(
-        f"{root} holds a quickstart with {found}", key="workdir", value=str(root),
+        f"{root} was begun with {found}, now {self.key}", key="workdir", value=str(root),
         fix="give another --workdir, or delete this one",
       )  # fmt: skip
     (root / "stages").mkdir(parents=True, exist_ok=True)
@@ -214,7 +215,7 @@ def draw(run: saved.Run, new: int, sampler: dict | None = None) -> dict:
     warnings.filterwarnings("ignore", message="sampler.block")  # other block sizes are the point
     made = saved.sampler_of(run.parts, run.step, section)
     row = saved.text_row(run.parts, made, PROMPTS, new)
-    got = jax.device_get(made(run.trees["model"], row, jax.random.key(int(run.cfg.seed))))
+    got = jax.device_get(made(saved.parameters(run.parts, run.trees), row, jax.random.key(int(run.cfg.seed))))
   rows = []
   for tokens, at, length in zip(got.tokens, got.committed_at, got.lengths):
     shown = range(1, int(length))  # behind BOS

@@ -163,6 +163,68 @@ class Units:
 
 
 @dataclasses.dataclass(frozen=True)
+class Runs(Units):
+  """Next-token decoding between given tokens: a call stores the last token filled and all given ones behind
+  it, and asks for the open token after them. One forward for each open token, wherever given ones stand, as
+  long as no run of these is longer than a call.
+
+  Fields:
+    size: slots of a call.
+  """
+
+  size: int = 8
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f"size is {self.size}; a call holds at least one token")
+
+  def check(self, sampler):
+    if not sampler.single:
+      raise ConfigError(
+        "the runs are those of a model that predicts the next token", key="sampler.active.kind", value="runs",
+        fix="active='units'",
+      )  # fmt: skip
+
+  def width(self, sampler, row):
+    return min(self.size, row.tokens.shape[1])
+
+  def ask(self, sampler, row, s):
+    B, N = row.tokens.shape
+    row = row.replace(tokens=s.tokens)
+    noise = sampler.objective.corruption.state(row, s.committed)
+    lo = s.cursor
+    n = jnp.broadcast_to(rows.coordinates(row.doc), row.doc.shape)
+    end = jnp.minimum(lo + self.width(sampler, row), at_coordinate(rows.doc_bounds(row.doc)[1], lo))
+    hi = jnp.minimum(first_where(~s.committed & (n > lo[:, None])), end)
+    at = lo[:, None] + jnp.arange(self.width(sampler, row), dtype=jnp.int32)
+    use = (at < hi[:, None]) & ~s.done[:, None]
+    only, keep = pairs(jnp.full((B, 1), sampler.store), at, use), use
+    only, keep = self.with_past(sampler, row, only, keep, lo, s.done)
+    ask = hi[:, None]
+    slot, can, inputs = self.read(sampler, row, s, noise, only, ask, (ask < N) & ~s.done[:, None])
+    none = jnp.zeros((B,), bool)
+    return Ask(
+      only=only,
+      keep=keep,
+      at=ask,
+      can=can,
+      slot=slot,
+      under=jnp.zeros_like(can),
+      held=jnp.zeros_like(can),
+      least=jnp.ones((B,), jnp.int32),
+      denoise=none,
+      fresh=none,
+      lo=lo,
+      hi=hi,
+      wlo=lo,
+      cursor=jnp.where(s.done, s.cursor, hi),
+      row=row,
+      noise=noise,
+      inputs=inputs,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline(Units):
   """Several blocks at once, each seeing the unfinished ones before it (D2F, 2508.09192 §4.3).
 
@@ -376,4 +438,4 @@ def _stateless(sampler, kind: str) -> None:
     )  # fmt: skip
 
 
-REGISTRY = {"units": Units, "pipeline": Pipeline, "window": Window}
+REGISTRY = {"units": Units, "runs": Runs, "pipeline": Pipeline, "window": Window}

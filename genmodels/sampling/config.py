@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from genmodels import config
 from genmodels.config import ConfigError, Schedule
 from genmodels.contracts import CLEAN, Array
+from genmodels.objectives.infill import Infill
 from genmodels.objectives.insertion import Insertion
 from genmodels.sampling import (
   active,
@@ -22,6 +23,7 @@ from genmodels.sampling import (
   drafting,
   draw,
   energy,
+  infilling,
   insertion,
   laws,
   mix,
@@ -202,7 +204,9 @@ def at_step(objective, step: int, block: int = 0):
   return dataclasses.replace(objective, corruption=corruption, layout=layout), trained
 
 
-def build(section, objective, model, *, latent=None, meta=None, step: int = 0, load=None) -> Sampler:
+def build(
+  section, objective, model, *, latent=None, meta=None, step: int = 0, load=None, nets=None
+) -> Sampler:
   """The sampler of an objective and a model.
 
   Args:
@@ -212,6 +216,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
     step: training step of the parameters: fixes what the objective schedules (the block size).
     load: workdir → (Sampler of that run, its parameters), for drafts of another model, and (workdir, tree) →
       (network beside that run's model, its parameters), for energies.
+    nets: {name: network beside this model}.
 
   Raises:
     ConfigError: a setting that does not fit the objective: key, value, reason, fix.
@@ -288,7 +293,7 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
       "which a decoder writes in whole blocks", key="objective.layout.copy", value="text",
       fix="corruption.blocks.anchor='response', or layout.copy='blocks'",
     )  # fmt: skip
-  if model.cfg.head(term.head).kind != "categorical":
+  if model.cfg.head(term.head).kind not in ("categorical", "joint"):
     raise ConfigError(
       "the sampler draws ids; this head has none", key=f"objective.terms.{name}.head", value=term.head,
       fix="sampler.term=<a term with a categorical head>",
@@ -327,6 +332,13 @@ def build(section, objective, model, *, latent=None, meta=None, step: int = 0, l
   check(sampler)
   if policy.partial is not None:
     sampler = laws.judged(sampler)
+  if isinstance(objective, Infill):
+    if cfg.draft or cfg.energy:
+      raise ConfigError(
+        "two networks fill masks one by one", key="sampler.draft" if cfg.draft else "sampler.energy",
+        value=type(cfg.draft or cfg.energy).__name__, fix="neither draft nor energy",
+      )  # fmt: skip
+    return infilling.build(sampler, nets)
   if cfg.energy:
     sampler = energy.build(sampler, cfg.energy, load)
   return drafting.attach(sampler, cfg.draft, cfg.verify, load) if cfg.draft else sampler

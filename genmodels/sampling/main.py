@@ -16,6 +16,18 @@ import sys
 import time
 
 
+def turns_of(line: str, parser) -> list[dict]:
+  """The turns of a line of a prompts file: a JSON list, or an object with "messages"."""
+  try:
+    turns = json.loads(line)
+    turns = turns["messages"] if isinstance(turns, dict) else turns
+    if turns and all({"role", "content"} <= set(turn) for turn in turns):
+      return list(turns)
+  except (ValueError, KeyError, TypeError):
+    pass
+  parser.error(f"--chat: expected a JSON list of {{role, content}} a line, got {line[:60]!r}")
+
+
 def main(argv: list[str] | None = None) -> int:
   """The verb `genmodels sample`."""
   parser = argparse.ArgumentParser(
@@ -27,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     "--prompt", action="append", default=[], help="text to continue; may be given several times"
   )
   parser.add_argument("--prompts-file", help="a prompt per line")
+  parser.add_argument(
+    "--chat", action="store_true",
+    help="prompts are a user's words, lines of --prompts-file JSON lists of turns; rendered as in training",
+  )  # fmt: skip
+  parser.add_argument("--template", default="", help="with --chat: chat template, as of `genmodels prepare`")
+  parser.add_argument("--suffix", default="", help="text given behind what is generated: infilling")
   parser.add_argument("--labels", default="", help="classes of images, separated by commas")
   parser.add_argument("--sampler", default="", help="a sampler file, such as samplers/fast_dllm")
   parser.add_argument("--n", type=int, default=1, help="samples of each prompt or label")
@@ -47,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
   import jax
   import numpy as np
 
+  from genmodels import config
   from genmodels.parallel import rules
   from genmodels.sampling import run as runs
 
@@ -58,12 +77,23 @@ def main(argv: list[str] | None = None) -> int:
     overrides.append(f"sampler.length={args.length}")
   run = runs.load_run(args.workdir, args.step, overrides, args.sampler)
   parts = run.parts
+  prompts, ids = list(args.prompt), None
+  lines = (
+    pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if args.prompts_file else []
+  )
+  if args.chat:
+    talks = [[{"role": "user", "content": p}] for p in prompts] + [turns_of(line, parser) for line in lines]
+    if not talks:
+      parser.error("--chat answers somebody: give --prompt or --prompts-file")
+    carried = pathlib.Path(args.workdir) / "hf"
+    ids, stop = runs.chat_ids(parts, talks, args.template, str(carried) if carried.is_dir() else "")
+    if config.plain(run.cfg.sampler).get("eos", -1) == -1:
+      run.cfg.sampler.eos = stop
+    ids = [x for x in ids for _ in range(args.n)]
+  prompts += lines
   sampler = runs.sampler_of(parts, run.step)
   if not jax.process_index():
     print(f"attention {parts.attention}", file=sys.stderr)
-  prompts = list(args.prompt)
-  if args.prompts_file:
-    prompts += pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
   if runs.draws_images(parts):
     if prompts:
       parser.error("this run draws images; give --labels instead of prompts")
@@ -72,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     row = runs.image_row(parts, asked)
   else:
     asked = [p for p in prompts or [""] for _ in range(args.n)]
-    row = runs.text_row(parts, sampler, asked, args.new)
+    row = runs.text_row(parts, sampler, asked, args.new, suffix=args.suffix, ids=ids)
   with rules.use_mesh(run.mesh):
     start = time.perf_counter()
-    result = jax.block_until_ready(sampler(run.trees["model"], row, jax.random.key(args.seed)))
+    result = jax.block_until_ready(sampler(runs.parameters(parts, run.trees), row, jax.random.key(args.seed)))
     seconds = time.perf_counter() - start
   items = runs.decode(parts, row, result)
   if jax.process_index():

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from genmodels import config, optim, system
+from genmodels import config, models, optim, system
 from genmodels import state as states
 from genmodels.checkpoint import init as initialisation
 from genmodels.contracts import Row
+from genmodels.data import chat
+from genmodels.data.records import DataError
 from genmodels.parallel import mesh as meshes
 from genmodels.parallel import rules
 from genmodels.sampling.config import SamplerConfig, at_step, build
@@ -33,7 +35,8 @@ class Run:
   """An opened run.
 
   Fields:
-    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}. step, mesh.
+    cfg: ConfigDict. parts: system.System. trees: {"model": parameters to evaluate}, and those of the networks
+      that its heads read. step, mesh.
   """
 
   cfg: Any
@@ -71,7 +74,16 @@ def load_run(workdir, step: int | None = None, overrides: Sequence[str] = (), sa
   shapes, axes = parts.model.abstract_params(), parts.model.logical_axes()
   with rules.use_mesh(mesh):
     trees, step = _trees(cfg, path, step, mesh, shapes, axes)
+    for name in models.joint.names(parts.model.cfg):
+      trees[name] = _network(path, name, parts.nets[name], mesh, step)
   return Run(cfg, parts, trees, step, mesh)
+
+
+def parameters(parts, trees: dict) -> Any:
+  """What a sampler of the system takes as its parameters: the model's, or {"model": …} with those of the
+  networks that its heads read."""
+  names = models.joint.names(parts.model.cfg)
+  return {name: trees[name] for name in ("model", *names)} if names else trees["model"]
 
 
 def _tuples(x):
@@ -109,20 +121,24 @@ def load_network(workdir, name: str) -> tuple[Any, dict]:
     raise config.ConfigError(
       "the run has no such network", key="trees", value=name, fix=f"one of {', '.join(nets) or '(none)'}"
     )
-  net, prefix = nets[name], f"trees/{name}/"
-  shapes = {prefix + k: v for k, v in states.param_paths(net.abstract_params()).items()}
   with rules.use_mesh(mesh):
-    places = rules.sharding_tree(mesh, net.logical_axes(), net.abstract_params())
-    where = {prefix + k: v for k, v in states.param_paths(places).items()}
-    values, _, _ = initialisation.open_folder(str(path)).read(None, lambda leaf, _: where.get(leaf))
+    return nets[name], _network(path, name, nets[name], mesh)
+
+
+def _network(path, name: str, net, mesh, step: int | None = None) -> dict:
+  """The parameters of a network beside a run's model."""
+  prefix = f"trees/{name}/"
+  shapes = {prefix + k: v for k, v in states.param_paths(net.abstract_params()).items()}
+  places = rules.sharding_tree(mesh, net.logical_axes(), net.abstract_params())
+  where = {prefix + k: v for k, v in states.param_paths(places).items()}
+  values, _, _ = initialisation.open_folder(str(path)).read(step, lambda leaf, _: where.get(leaf))
   missing = [n for n in shapes if n not in values or values[n].shape != shapes[n].shape]
   if missing:
     raise config.ConfigError(
       f"the checkpoint does not hold the network: {missing[0]} and {len(missing) - 1} more are missing or of "
       "another shape", key=f"trees.{name}", fix="use the config of the run itself",
     )  # fmt: skip
-  tree = jax.tree.structure(net.abstract_params())
-  return net, jax.tree.unflatten(tree, [values[n] for n in shapes])
+  return jax.tree.unflatten(jax.tree.structure(net.abstract_params()), [values[n] for n in shapes])
 
 
 def _trees(cfg, path, step, mesh, shapes, axes):
@@ -180,7 +196,9 @@ def sampler_of(parts, step: int, section=None) -> Sampler:
       _SAMPLERS.pop(next(iter(_SAMPLERS)))
     # A latent's codes are no ids of the data's vocabulary: its specials mean nothing there.
     meta = {} if parts.latent is not None else _meta(parts.data.meta.specials)
-    made = build(cfg, parts.objective, parts.exact, latent=parts.latent, meta=meta, step=step, load=_drafting)
+    nets = system.networks(parts.cfg, parts.exact)
+    options = dict(latent=parts.latent, meta=meta, step=step, load=_drafting, nets=nets)
+    made = build(cfg, parts.objective, parts.exact, **options)
     _SAMPLERS[key] = (parts, made)  # holding the system keeps its id from being used again
   return _SAMPLERS[key][1]
 
@@ -191,7 +209,7 @@ def _drafting(workdir: str, tree: str = "") -> tuple[Any, Any]:
   if tree:
     return load_network(workdir, tree)
   run = load_run(workdir)
-  return sampler_of(run.parts, run.step, {}), run.trees["model"]
+  return sampler_of(run.parts, run.step, {}), parameters(run.parts, run.trees)
 
 
 def _meta(specials) -> dict:
@@ -201,19 +219,63 @@ def _meta(specials) -> dict:
   return {"eos": eos, "forbid": tuple(i for i in never if i >= 0 and i != eos)}
 
 
-def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, example_ids=None) -> Row:
-  """Rows from texts: BOS (where the tokenizer has one), the prompt, and what is to be generated.
+def chat_ids(
+  parts, talks: Sequence[Sequence[dict]], template: str = "", carried: str = ""
+) -> tuple[list[list[int]], int]:
+  """Ids of conversations up to an answer, rendered as the run's data, and the id that ends an answer.
+
+  Args:
+    talks: turns {"role", "content"} of each.
+    template: as of `genmodels prepare --template`; "": that of the data, else of the folder `carried`.
+
+  Raises:
+    ConfigError: no tokenizer, no template, or turns that it cannot render.
+  """
+  tokenizer, found = parts.data.tokenizer, None
+  if tokenizer is None:
+    raise config.ConfigError("these data have no tokenizer, so there is no chat", key="data", fix="no --chat")
+  try:
+    if template:
+      found = chat.load(template, carried)
+    else:
+      found = chat.kept(parts.data.folder) or (chat.load(carried, carried) if carried else None)
+    if found is None:
+      raise config.ConfigError(
+        "the run was not trained on conversations, and its tokenizer came without a chat template",
+        key="--template", value=template, fix="--template chatml, plain, or a Jinja file",
+      )  # fmt: skip
+    made = [chat.prompt(found, turns, tokenizer) for turns in talks]
+  except (chat.Malformed, DataError) as e:
+    raise config.ConfigError(str(e), key="--chat", fix="see docs/sft.md") from None
+  return [list(map(int, ids)) for ids, _ in made], made[0][1]
+
+
+def text_row(
+  parts,
+  sampler: Sampler,
+  prompts: Sequence[str],
+  new: int = 0,
+  example_ids=None,
+  suffix: str = "",
+  ids: Sequence[Sequence[int]] | None = None,
+) -> Row:
+  """Rows from texts: BOS (where the tokenizer has one), the prompt, what is to be generated, and the suffix.
+
+  Args:
+    ids: of the prompts, where they are made already (`chat_ids`).
 
   Raises:
     ConfigError: the data have no tokenizer.
+    ValueError: a prompt and a suffix that leave no room.
   """
   tokenizer, meta = parts.data.tokenizer, parts.data.meta
-  if tokenizer is None and any(prompts):
+  if tokenizer is None and any((*prompts, suffix)):
     raise config.ConfigError(
       "these data have no tokenizer, so there are no text prompts", key="data", fix="sample without --prompt"
     )
   head = [meta.specials["bos"]] if meta.specials.get("bos", -1) >= 0 else []
-  ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
+  if ids is None:
+    ids = [head + (list(map(int, tokenizer.encode(p))) if p else []) for p in prompts]
   length = sampler.cfg.length or meta.seq_len
   if 0 < parts.model.cfg.learned_pos < length:
     raise config.ConfigError(
@@ -221,7 +283,9 @@ def text_row(parts, sampler: Sampler, prompts: Sequence[str], new: int = 0, exam
       fix=f"at most {parts.model.cfg.learned_pos}",
     )  # fmt: skip
   pad = max(meta.specials.get("pad", 0), 0)
-  return prompt_row(ids, length, new or length, example_ids=example_ids, pad=pad, axes=meta.axes)
+  behind = list(map(int, tokenizer.encode(suffix))) if suffix else []
+  new = new or length
+  return prompt_row(ids, length, new, suffix=behind, example_ids=example_ids, pad=pad, axes=meta.axes)
 
 
 def image_row(parts, labels, example_ids=None) -> Row:
@@ -235,12 +299,12 @@ def draws_images(parts) -> bool:
 
 
 def decode(parts, row: Row, result: Result) -> list:
-  """Per row: the text generated behind the prompt, or the image uint8[H, W]."""
+  """Per row: the text behind the prompt, a suffix included, or the image uint8[H, W]."""
   if draws_images(parts):
     row = jax.tree.map(np.asarray, row).replace(tokens=np.asarray(result.tokens))
     return list(np.asarray(parts.objective.images(jax.tree.map(jnp.asarray, row), parts.latent))[:, 0])
   tokens, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
-  given = (np.asarray(row.role) == 0).sum(1)
+  given = np.cumprod(np.asarray(row.role) == 0, 1).sum(1)
   if parts.data.tokenizer is None:
     return [" ".join(map(str, t[g:n])) for t, g, n in zip(tokens, given, lengths)]
   return [parts.data.tokenizer.decode(t[g:n]) for t, g, n in zip(tokens, given, lengths)]
@@ -272,6 +336,6 @@ def during_training(cfg, parts, trees, folder: pathlib.Path, step: int, n: int) 
     row = image_row(parts, np.arange(n) % parts.objective.classes)
   else:
     row = text_row(parts, sampler, [""] * n)
-  result = sampler(trees["model"], row, jax.random.key(int(cfg.seed)))
+  result = sampler(parameters(parts, trees), row, jax.random.key(int(cfg.seed)))
   items = decode(parts, row, result)
   return save(parts, items, pathlib.Path(folder) / f"step-{step:07d}") if jax.process_index() == 0 else None

@@ -185,7 +185,7 @@ def put(x: Array, at: Array, value, where: Array) -> Array:
 
 
 def prompt_row(
-  prompts, length: int, new: int, *, example_ids=None, side=None, pad: int = 0, axes: int = 1
+  prompts, length: int, new: int, *, suffix=(), example_ids=None, side=None, pad: int = 0, axes: int = 1
 ) -> Row:
   """Rows to generate from prompts of unequal length (host).
 
@@ -193,6 +193,7 @@ def prompt_row(
     prompts: sequence of int sequences (BOS included where the model wants one); may be empty.
     length: N, tokens of a row.
     new: tokens to generate per row at most; a row ends at `length`.
+    suffix: ids given behind the generated ones of every row.
     example_ids: uint32[B, 2]; by default the row's number. Equal ids draw equal noise.
     side: {name: [B, 1, …]} tables of conditions.
     axes: position axes.
@@ -206,13 +207,16 @@ def prompt_row(
   role = np.full((B, length), TEXT, np.int32)
   for i, p in enumerate(prompts):
     p = np.asarray(p, np.int32).reshape(-1)
-    if len(p) >= length:
+    if len(p) + len(suffix) >= length:
+      behind = f" and a suffix of {len(suffix)}" if len(suffix) else ""
       raise ValueError(
-        f"prompt {i} has {len(p)} tokens, a row has {length}; raise the length or cut the prompt"
+        f"prompt {i} has {len(p)} tokens{behind}, a row has {length}; raise the length or cut the prompt"
       )
+    end = min(len(p) + new, length - len(suffix))
     tokens[i, : len(p)] = p
-    role[i, : len(p)] = CONTEXT
-    doc[i, : min(len(p) + new, length)] = 0
+    tokens[i, end : end + len(suffix)] = suffix
+    role[i, : len(p)] = role[i, end : end + len(suffix)] = CONTEXT
+    doc[i, : end + len(suffix)] = 0
   if example_ids is None:
     example_ids = np.stack([np.zeros(B), np.arange(B)], -1)
   zero = np.zeros((B, 1), np.int32)

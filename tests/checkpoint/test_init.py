@@ -88,6 +88,43 @@ def test_checkpoints_are_merged(tmp_path):
       System(1).start(tmp_path / "other", recipe | wrong)
 
 
+def test_networks_beside_come_from_elsewhere(source, tmp_path):
+  """A recipe of its own for each network; leaves that were loaded from nowhere are named to `rebuild`."""
+  shapes = jax.eval_shape(lambda: params(0))
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  make = lambda: states.create({"model": params(2), "other": params(3)}, {"model": TX}, {})
+  abstract = jax.eval_shape(make)
+  axes = sharding_tree(mesh, AXES, shapes)
+  placed = states.shardings(abstract, {"model": axes, "other": axes}, mesh)
+  begun = jax.jit(make, out_shardings=placed)
+  told = []
+
+  def rebuild(trees, fresh=None):
+    told.append(fresh)
+    return begun().replace(trees=trees)
+
+  def start(folder, **recipe):
+    section = {"kind": "workdir", "path": str(source), **recipe}
+    manager = Manager(tmp_path / folder / init.CHECKPOINTS)
+    options = dict(axes=AXES, others={"other": AXES}, rebuild=rebuild)
+    return init.initialise(manager, states.abstract(make, shardings=placed), begun, section, **options)
+
+  beside = {"other": {"path": str(source), "tree": "ema"}}
+  s, line = start("a", beside=beside)
+  assert equal(s.trees["model"], params(1)) and equal(s.trees["other"], params(101)) and told == [None]
+  assert f"other from 'ema' of {source}, step 5" in line
+  s, _ = start("b", scratch=("head/.*",), drop=("head/.*",), beside=beside)
+  assert told[1] == {"model": {"head/kernel", "head/bias"}} and equal(s.trees["other"], params(101))
+  assert equal(s.trees["model"]["head"], params(2)["head"]) and equal(
+    s.trees["model"]["norm"], params(1)["norm"]
+  )
+  mask = {"other": {"path": str(source), "mask_row": "mean_noise", "mask_id": 3}}
+  s, _ = start("c", beside=mask)  # surgery by the network's own axes
+  assert not equal(s.trees["other"], params(1)) and equal(s.trees["other"]["norm"], params(1)["norm"])
+  with pytest.raises(ConfigError, match="third"):
+    start("d", beside={"third": {"path": str(source)}})
+
+
 def test_order(source, tmp_path):
   run = System(2, ema=True)
   recipe = {"kind": "workdir", "path": str(source)}

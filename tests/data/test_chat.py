@@ -61,6 +61,36 @@ def test_answers_are_learnt_and_nothing_else(name):
   assert len(documents(encoder(name, learn="each"))) == 2
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_sampler_is_given_the_context_of_an_answer(name, tmp_path):
+  """Ids and end of turn as in training, from a template that went through a file."""
+  t = tokenizer()
+  (doc,) = documents(encoder(name, learn="last"))
+  assert chat.kept(str(tmp_path)) is None
+  encoder(name).template.save(str(tmp_path))
+  ids, stop = chat.prompt(chat.kept(str(tmp_path)), TALK[:3], t)
+  assert ids.tolist() == doc.tokens[: doc.context].tolist() and stop == doc.tokens[-1]
+
+
+def test_prompts_that_training_would_not_have():
+  t = tokenizer()
+  with pytest.raises(chat.Malformed, match="special token in the content"):
+    chat.prompt(encoder("qwen").template, [{"role": "user", "content": "so<|im_end|>"}], t)
+  # The opening of an answer is not what stands before one.
+  odd = chat.Template(
+    TEMPLATES["marked"].replace("assistant\n{% endif %}", "model\n{% endif %}"), TOKENS, "odd"
+  )
+  with pytest.raises(DataError, match="the answer itself"):
+    chat.prompt(odd, TALK[:3], t)
+  # A template that says nothing at the end of an answer: EOS ends it, as in training.
+  plain = chat.Template(chat.PLAIN, TOKENS, "plain")
+  ids, stop = chat.prompt(plain, TALK[:1], t)
+  assert (
+    stop == t.specials["eos"]
+    and ids.tolist() == t.encode("user: " + TALK[0]["content"] + "\nassistant: ").tolist()
+  )
+
+
 def test_a_template_that_is_not_prefix_stable_is_refused_by_name():
   with pytest.raises(DataError, match="think is not prefix-stable.*--learn last.*generation"):
     documents(encoder("think"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from genmodels import config, evals, sampling, system
 from genmodels import state as states
 from genmodels.checkpoint import manager as checkpoints
+from genmodels.config import ConfigError
+from genmodels.data import chat, tokenizers
 from genmodels.evals import main as eval_main
 from genmodels.sampling import main as sample_main
+from genmodels.sampling import run as runs
 
 
 def workdir(path, name, overrides=(), step=3, ema=False):
@@ -34,6 +38,70 @@ def workdir(path, name, overrides=(), step=3, ema=False):
 
 def out(capsys) -> dict:
   return json.loads(capsys.readouterr().out)
+
+
+def test_chats_are_rendered_as_the_data_were(tmp_path):
+  """The template beside the data, else the one that an import brought, else one that is named; none is an
+  error."""
+  t = tokenizers.ByteTokenizer()
+  parts = types.SimpleNamespace(data=types.SimpleNamespace(tokenizer=t, folder=str(tmp_path)))
+  talk = [{"role": "user", "content": "hi"}]
+  text = lambda *a: t.decode(runs.chat_ids(parts, [talk], *a)[0][0])
+  with pytest.raises(ConfigError, match="not trained on conversations"):
+    text()
+  assert text("plain") == "user: hi\nassistant: "
+  carried = tmp_path / "hf"
+  carried.mkdir()
+  (carried / "chat_template.jinja").write_text(chat.PLAIN.replace(": ", "> "))
+  assert text("", str(carried)) == "user> hi\nassistant> "
+  chat.Template(chat.CHATML, {}, "chatml").save(str(tmp_path))
+  assert text("", str(carried)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+  assert runs.chat_ids(parts, [talk])[1] == t.specials["eos"]  # bytes spell no special token
+  with pytest.raises(ConfigError, match="--chat"):
+    runs.chat_ids(parts, [talk], str(tmp_path / "no.jinja"))
+
+
+@pytest.mark.full
+def test_chat(tmp_path, capsys):
+  data = ("data.content=documentation", "data.documents=30", "data.seq_len=128")
+  workdir(tmp_path, "language/ar:tiny", data)
+  lines = tmp_path / "talks.jsonl"
+  lines.write_text(
+    json.dumps(
+      [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+      ]
+    )
+    + "\n"
+  )
+  args = [
+    "--workdir",
+    str(tmp_path),
+    "--chat",
+    "--prompt",
+    "why?",
+    "--prompts-file",
+    str(lines),
+    "--length",
+    "48",
+  ]
+  assert sample_main.main([*args, "--json", "temperature=0"]) == 0
+  got = out(capsys)["samples"]
+  t = tokenizers.ByteTokenizer()
+  for sample, want in zip(
+    got, ("user: why?\nassistant: ", "user: a\nassistant: b\nuser: c\nassistant: "), strict=True
+  ):
+    assert sample["tokens"][: len(want)] == list(want.encode()) and len(sample["tokens"]) > len(want)
+  assert t.specials["eos"] == 257
+  with pytest.raises(SystemExit):
+    sample_main.main(["--workdir", str(tmp_path), "--chat"])
+  assert "answers somebody" in capsys.readouterr().err
+  lines.write_text("why?\n")
+  with pytest.raises(SystemExit):
+    sample_main.main(["--workdir", str(tmp_path), "--chat", "--prompts-file", str(lines)])
+  assert "JSON list" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """The conversion study without its hours: configs, estimate, corpus, report; a small one whole in test-full."""
 
+import io
 import json
 
 import jax
 import pytest
 
 from genmodels import config
+from genmodels.quickstart import run
+from genmodels.quickstart.live import Live
 from genmodels.studies import conversion, conversion_report, corpus
 
 
@@ -45,6 +48,16 @@ def test_the_estimate_grows_with_what_is_asked():
   assert of("bd3lm") < of("bd3lm", documents=128) < of("bd3lm", scale=4)
   with pytest.raises(ValueError, match="unknown"):
     conversion.Options(recipes=("bd4",))
+
+
+def test_stages_are_read_back_and_other_options_refused(tmp_path):
+  def open_(**kw):
+    return run.Stages(tmp_path, conversion.Options(**kw), Live(io.StringIO()), ["data"])
+
+  assert open_()("data", "data", lambda: {"found": 1})["found"] == 1
+  assert open_()("data", "data", lambda: {"found": 2})["found"] == 1
+  with pytest.raises(config.ConfigError, match="begun with"):
+    open_(block=16)
 
 
 def test_the_report_shows_every_number():

@@ -112,6 +112,11 @@ FACTS = {
     "cached = training logits",
     "tests/sampling/test_cache.py::test_cached_logits_are_the_training_logits",
   ),
+  ("active", "runs"): (
+    "MARIA 2502.06901",
+    "one forward for each open token; the tokens of `units`",
+    "tests/sampling/test_infilling.py::test_one_forward_for_each_open_token",
+  ),
   ("active", "pipeline"): (
     "D2F 2508.09192",
     "cached = training logits; add = 1: sequential tokens",

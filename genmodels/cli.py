@@ -23,6 +23,10 @@ VERBS = {
   "export": ("genmodels.checkpoint.hf_export", "hand a model back in Hugging Face form"),
   "train": ("genmodels.train", "train a config in a workdir, or continue it"),
   "sample": ("genmodels.sampling.main", "draw samples from a workdir or an import"),
+  "collect": (
+    "genmodels.sampling.collect",
+    "decode texts and keep the Jacobi trajectories that lead to them",
+  ),
   "eval": ("genmodels.evals.main", "evaluate a workdir or an import: bits per token and per byte"),
   "lm-eval": (
     "genmodels.evals.harness",

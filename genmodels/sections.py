@@ -115,6 +115,30 @@ def adapted_ar(**schedule) -> dict:
   return objective
 
 
+def consistency(span: int, window: int = 1) -> dict:
+  """States of Jacobi trajectories (`genmodels collect`) pulled to their fixed points, beside ten times the
+  next-token loss: CLLM, and, with windows of several spans, Jacobi Forcing."""
+  forced = window > 1
+  return {
+    "kind": "consistency",
+    "corruption": {
+      "kind": "jacobi_state",
+      "span": span,
+      "law": "progressive" if forced else "uniform",
+      "blocks": {"size": span * window, "anchor": "response"},
+    },
+    "layout": {"kind": "streams", "streams": ("n", "c"), "copy": "text"},
+    "masks": {"full": {"n>n": "BLK_EQ&POS_LE", "n>c": "BLK_LT", "c>c": "POS_LE"}},
+    "likelihood": "ar",
+    "since": "slot" if forced else "token",
+    "mean": "tokens" if forced else "spans",
+    "terms": {
+      "ar": {"stream": "c", "align": "shift", "scale": 10.0},
+      "consistency": {"stream": "n", "align": "shift" if forced else "shift_clean_boundary"},
+    },
+  }
+
+
 def adamw(lr: float, *, warmup: int, kind: str = "constant", weight_decay: float = 0.0, **kw) -> dict:
   """AdamW with clipping at 1.0 and a schedule of the given kind."""
   return {

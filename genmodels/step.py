@@ -27,6 +27,8 @@ from genmodels import config, metrics, models, optim, system
 from genmodels import state as states
 from genmodels.config import ConfigError
 from genmodels.contracts import Row
+from genmodels.models import moe
+from genmodels.objectives import router
 from genmodels.objectives.base import Nets, Objective
 from genmodels.parallel import multihost, rules
 from genmodels.state import TrainState
@@ -190,9 +192,16 @@ def make_train_step(
           (state.step + 1) % player.every == 0, turn, idle, *args
         )
       trees |= mine
-      sums |= m.pop("stats")
+      found = m.pop("stats")
+      loads = found.pop(router.LOADS, None)
+      sums |= found
       work, ok = m.pop("work"), m.pop("ok")
       if player.name == "model":
+        if objective.router.bias:
+          if loads is None:
+            raise ValueError(f"{type(objective).__name__}.run counts no loads: end it with self.routed(…)")
+          # All alike, and 0, where the step was refused.
+          trees["model"] = moe.balanced(trees["model"], loads, objective.router.bias)
         out |= m
         out["work"] |= work
         if guard is not None:
@@ -450,6 +459,11 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
   """
   model, objective = parts.model, parts.objective
   shapes, axes = model.abstract_params(), model.logical_axes()
+  if objective.router.bias and ocfg.name == "schedule_free":
+    raise ConfigError(
+      "schedule-free makes the parameters of a step from its own averages, which undo the experts' bias",
+      key="objective.router.bias", value=objective.router.bias, fix="another optim.name, or 0",
+    )  # fmt: skip
   tx, lr = optim.build(ocfg, shapes, axes, steps)
   moving = optim.trainable(ocfg, shapes)
   seats = players(parts, Player("model", ("model",), (), tx, 1, moving), steps)

@@ -176,6 +176,11 @@ def _agree(objective, model) -> None:
       f"the model has no experts for {', '.join(objective.router.scales)}", key="objective.router",
       value=None, fix="leave it out, or set model.moe",
     )  # fmt: skip
+  if objective.router.bias and (model.cfg.moe is None or not model.cfg.moe.bias):
+    raise ConfigError(
+      "no expert of the model has a bias", key="objective.router.bias", value=objective.router.bias,
+      fix="model.moe.bias=True, or 0",
+    )  # fmt: skip
   for pattern in model.cfg.patterns:
     if pattern not in objective.masks:
       raise ConfigError(

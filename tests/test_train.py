@@ -59,6 +59,20 @@ FAMILIES = (
 )
 
 
+# Systems that learn from what a model decoded: {name: tokens of a span}.
+DECODED = {"language/cllm": 16, "language/jacobi_forcing": 8}
+
+
+def decoded(name, path, corpus):
+  """Overrides of a system of DECODED: an autoregressive run, and its trajectories, in `path`."""
+  ar, out = path / "ar", path / "trajectories"
+  assert run("language/ar:tiny", ar, *overrides_of("language/ar", 60, corpus), "eval.every=0")[0] == 0
+  flags = ["--span", str(DECODED[name]), "--most", "256", "--repeats", "0"]
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    assert cli.main(["collect", "--workdir", str(ar), "--out", str(out), *flags]) == 0
+  return f"data.path={out}", "init.kind=workdir", f"init.path={ar}"
+
+
 def overrides_of(name, steps, corpus):
   text = corpus if name.startswith("language/") else ()
   return (f"train.steps={steps}", "train.log_every=1", "train.save_every=0", "optim.schedule.warmup=2", *text)
@@ -72,8 +86,9 @@ def test_every_system_trains(name, tmp_path, corpus):
   """30 steps of every tiny variant: a finite loss that falls, and a likelihood (bound) that does, on held-out
   documents under the same draws, unless the model that it is of stands still."""
   more = ("eval.every=30", "eval.documents=8", "train.sample_every=30", "optim.schedule={'kind':'constant'}")
+  text = decoded(name, tmp_path, corpus) if name in DECODED else corpus
   for steps in (1, 30):
-    status, out, err = run(f"{name}:tiny", tmp_path, *overrides_of(name, steps, corpus), *more)
+    status, out, err = run(f"{name}:tiny", tmp_path, *overrides_of(name, steps, text), *more)
     assert status == 0, err
   curve = losses(tmp_path)
   assert sorted(curve) == list(range(1, 31)) and all(map(math.isfinite, curve.values()))

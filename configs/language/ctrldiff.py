@@ -6,11 +6,12 @@ A small policy reads the hidden state of the last token before a block and takes
 second player with an optimiser of its own, trained by REINFORCE: reward = −(cross-entropy of the block) −
 cost of a block, baseline = running mean of the reward per token. The model's gradient does not know the
 policy. `:sampled` draws the sizes from a fixed law instead; with one size it is BD3-LM, bit by bit.
-Likelihoods and samplers use equal blocks of `objective.corruption.blocks.size`.
+Likelihoods and plain samplers use equal blocks of `objective.corruption.blocks.size`; `samplers/ctrldiff`
+asks the policy.
 
 Trunk, data and optimiser are those of BD3-LM, as in the paper. Unverified: sizes, cost, the policy's width
 and rate. The paper's state pools several blocks and their entropy; its reward and its update are not
-reproduced, and its classifier guidance and a sampler that asks the policy are not here.
+reproduced, and its classifier guidance is not here.
 """
 
 from genmodels import sections

@@ -2,12 +2,14 @@
 
   genmodels sample --workdir runs/llada --sampler samplers/dinfer
 
-The credit decoder, which keeps a history of every class's confidence, is not there.
+`credit`: the credit decoder instead of the hierarchical one: tokens that were a slot's likeliest one in
+earlier steps get larger logits, and what exceeds the threshold then is committed. α = .7, γ = .2, β = .8 and
+τ = .9 are the released values; a slot remembers 8 tokens in place of the vocabulary.
 """
 
 from genmodels import sections
 
-VARIANTS = ()
+VARIANTS = ("credit",)
 
 
 def get_config(variant: str = ""):
@@ -18,6 +20,8 @@ def get_config(variant: str = ""):
     row=259,
     tests=(
       "tests/sampling/test_plugins.py::test_hierarchical_splits_long_runs",
+      "tests/sampling/test_credit.py::test_credit_is_the_released_rule",
+      "tests/sampling/test_credit.py::test_credit_in_the_loop",
       "tests/sampling/test_mix.py::test_mixture_weights",
       "tests/sampling/test_partial.py::test_computed_anew_at_every_step_it_is_exact",
     ),
@@ -30,4 +34,7 @@ def get_config(variant: str = ""):
       "temperature": 0.0,
     },
   )
+  if variant == "credit":
+    cfg.sampler.commit.kind = "anywhere"
+    cfg.sampler.credit = {"alpha": 0.7, "gamma": 0.2, "decay": 0.8}
   return cfg

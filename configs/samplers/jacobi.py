@@ -2,7 +2,7 @@
 
   genmodels sample --workdir runs/ar --sampler samplers/jacobi
 
-Consistency LLMs train a model to get there in fewer steps; their training is not here.
+Consistency LLMs are trained to get there in fewer steps: language/cllm, language/jacobi_forcing.
 """
 
 from genmodels import sections

@@ -10,6 +10,7 @@ from genmodels.corruption.eos_unit import EosUnitAbsorb
 from genmodels.corruption.groups import Groups
 from genmodels.corruption.hybrid import Hybrid
 from genmodels.corruption.inputs import InputMask
+from genmodels.corruption.jacobi import JacobiState
 from genmodels.corruption.sampled import SampledAbsorb
 from genmodels.corruption.step import Step
 from genmodels.corruption.subset import Subset
@@ -31,6 +32,7 @@ REGISTRY = {
   "order_step": Step,
   "uniform": Uniform,
   "groups": Groups,
+  "jacobi_state": JacobiState,
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
   "Hybrid",
   "Groups",
   "InputMask",
+  "JacobiState",
   "MonotoneAbsorb",
   "PositionAbsorb",
   "SampledAbsorb",

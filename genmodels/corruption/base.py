@@ -144,7 +144,10 @@ class Corruption:
 
   def state(self, row: Row, committed: Array, step=0) -> Noise:
     """The noise that describes a generation in progress: hit = not committed yet (bool[B, N])."""
-    lo, hi = self.blocks.bounds(row, step)
+    return self.progress(row, committed, *self.blocks.bounds(row, step))
+
+  def progress(self, row: Row, committed: Array, lo: Array, hi: Array) -> Noise:
+    """`state` with blocks [lo, hi) int32[B, N] each."""
     hit = jnp.logical_not(committed) & eligible(row)
     share = rows.count_in(lo, hi, hit) / jnp.maximum(rows.count_in(lo, hi, eligible(row)), 1)
     return self.noise(row, lo, hi, hit[:, None], share[:, None].astype(jnp.float32))
@@ -152,6 +155,10 @@ class Corruption:
   def trimmed(self, row: Row, key: Array, step, bound: tuple | None = None) -> Row:
     """The row whose tokens a draw is of: here all; a corruption may leave out the ends of documents."""
     del key, step, bound
+    return row
+
+  def symbolic(self, row: Row) -> Row:
+    """A row that stands for data in `laws.check`: here as it is; with the side tables that draws read."""
     return row
 
   def dropped(self, row: Row, key: Array, at, bound: tuple | None = None) -> Array | None:

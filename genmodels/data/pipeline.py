@@ -249,6 +249,13 @@ class Text(_Planned):
     opener = functools.partial(sources.RecordSource, axes=self.axes, tokenizer=wanted, **options)
     opened = {p: opener(p) for p in dict.fromkeys(train for train, _ in pairs)}
     readers = [opened[train] for train, _ in pairs]
+    for path, r in opened.items():
+      longest, room = int(r.lengths.max(initial=0)), self.piece_len or self.seq_len
+      if r.data.manifest["meta"].get("whole") and longest > room:
+        raise config.ConfigError(
+          f"documents of {path} cannot be cut, and have up to {longest} tokens", key="seq_len", value=room,
+          fix=f"{longest} or more, or collect shorter ones",
+        )  # fmt: skip
     index, names = {}, []
     for e in entries:
       if e["path"] not in index:

@@ -6,7 +6,15 @@ See docs/models.md.
 
 from genmodels.models import joint, lora
 from genmodels.models.accounting import active_experts, attention_sizes, head_paths
-from genmodels.models.cache import Cache, crop_cache, fork_cache, init_cache, relabel_cache, write_cache
+from genmodels.models.cache import (
+  Cache,
+  crop_cache,
+  fork_cache,
+  init_cache,
+  relabel_cache,
+  value_similarity,
+  write_cache,
+)
 from genmodels.models.config import (
   Cond,
   Head,
@@ -55,5 +63,6 @@ __all__ = [
   "layer_path",
   "lora",
   "relabel_cache",
+  "value_similarity",
   "write_cache",
 ]

@@ -120,6 +120,27 @@ def relabel_cache(cache: Cache, code: dict[str, Array]) -> Cache:
   return Cache(dict(code), cache.length, cache.layers)
 
 
+def value_similarity(cache: Cache, new, at: Array) -> Array:
+  """float32[B, S]: the cosine of a slot's values with those of its cache entry, the mean over layers.
+
+  Args:
+    cache: one without values is compared by all that it holds.
+    new: `Outputs.new` of a call. at: int32[B, S], the entry of each slot.
+  """
+  pairs, _ = jax.tree_util.tree_flatten_with_path(cache.layers)
+  fresh = jax.tree.leaves(new["layers"])
+  values = [i for i, (path, _) in enumerate(pairs) if path[-1].key == "v"] or range(len(pairs))
+  index = jnp.clip(at, 0, cache.capacity - 1)
+  total, layers = jnp.zeros(at.shape, jnp.float32), 0
+  for i in values:
+    x, y = pairs[i][1], fresh[i].astype(jnp.float32)
+    x = jnp.take_along_axis(x, index.reshape(1, *index.shape, *(1,) * (x.ndim - 3)), 2).astype(jnp.float32)
+    dot = lambda a, b: (a * b).sum(tuple(range(3, a.ndim)))
+    total += (dot(x, y) * jax.lax.rsqrt(jnp.maximum(dot(x, x) * dot(y, y), 1e-30))).sum(0)
+    layers += x.shape[0]
+  return total / layers
+
+
 def fork_cache(cache: Cache, rows: Array) -> Cache:
   """Rows int32[B'] of the cache, in that order (beams, shared prompts)."""
   return Cache(

@@ -59,15 +59,19 @@ class Categorical:
     """
     return self._map(lambda _, logits, *xs: fn(logits, *xs), xs)
 
-  def cross_entropy(self, other: Categorical) -> Array:
+  def cross_entropy(self, other: Categorical, temperature: float = 1.0) -> Array:
     """float32[B, M]: −Σ_v q(v) ln p(v) of this p against another q over the same classes (a teacher's).
 
     Both logits exist one chunk at a time; gradients flow to both unless one is stopped.
+
+    Args:
+      temperature: of both.
     """
 
     def fn(weight, logits, hidden):
-      q = jax.nn.softmax(other._logits(project(weight[0], hidden, other.head.tied), weight[1]), -1)
-      logp = jax.nn.log_softmax(logits, -1)
+      taught = other._logits(project(weight[0], hidden, other.head.tied), weight[1])
+      q = jax.nn.softmax(taught / temperature, -1)
+      logp = jax.nn.log_softmax(logits / temperature, -1)
       return -jnp.where(q > 0, q * jnp.where(q > 0, logp, 0), 0).sum(-1)
 
     return self._map(fn, (other.hidden,), (other.weight, other.bias))

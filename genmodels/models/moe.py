@@ -245,6 +245,38 @@ def _sharded(cfg: TrunkConfig, x, logits, valid, bias, stacks):
   return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(x, logits, valid, bias, stacks)
 
 
+def loads(stats) -> dict:
+  """Choices of each expert in a call, summed over devices, where the layers' parameters stand.
+
+  Args:
+    stats: as of `per_layer`.
+
+  Returns:
+    {"s<segment>": {"l<position>": float32[R, E]}} of the layers with experts, R repeats.
+  """
+  found = {s: {l: x["load"].sum(1) for l, x in layers.items() if x} for s, layers in stats.items()}
+  return {s: layers for s, layers in found.items() if layers}
+
+
+def balanced(params, load: dict, rate: float):
+  """A model's parameters with every `expert_bias` moved by rate·sign(mean load − load): experts that were
+  chosen more often than the mean become less attractive (loss-free balancing, Wang et al. 2408.15664,
+  algorithm 1).
+
+  Args:
+    load: of `loads`, over a step's global batch.
+  """
+  stack = dict(params["stack"])
+  for s, layers in load.items():
+    stack[s] = dict(stack[s])
+    for l, x in layers.items():
+      mlp = stack[s][l]["mlp"]
+      move = rate * jnp.sign(x.mean(-1, keepdims=True) - x)
+      bias = mlp["expert_bias"] + move.astype(mlp["expert_bias"].dtype)
+      stack[s][l] = stack[s][l] | {"mlp": mlp | {"expert_bias": bias}}
+  return params | {"stack": stack}
+
+
 def per_layer(stats, cfg: TrunkConfig) -> dict[str, Array]:
   """The statistics of a call, summed over devices, in the order of the layers.
 

@@ -19,7 +19,7 @@ from genmodels.models import attend, drafts, heads, joint, rope
 from genmodels.models.cache import Cache
 from genmodels.models.config import LayerSpec, Remat, TrunkConfig
 from genmodels.models.layers import Layer, Linear, dropout, modulation, param_init, rope_key, trunk_norm
-from genmodels.models.moe import per_layer
+from genmodels.models.moe import loads, per_layer
 from genmodels.parallel import constrain
 
 
@@ -313,7 +313,7 @@ class Trunk(nn.Module):
       new = None if depth is not None else {"code": code, "layers": new}
     layers = {"hidden": x}
     if cfg.moe is not None and depth is None:
-      layers["router"] = per_layer(stats, cfg)
+      layers |= {"router": per_layer(stats, cfg), "loads": loads(stats)}
     layers |= {} if taps is None else {"taps": taps}
     layers |= {} if prefix is None else {"prefix": prefix}
     return Outputs(dists, new, work, layers)

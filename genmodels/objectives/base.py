@@ -437,6 +437,8 @@ class Objective:
   def routed(self, outputs: Outputs, sums: dict, denominators: dict, aux: dict):
     """A run's results with the router's terms (no ratios of sums, see objectives.router) and metrics."""
     aux = aux | {"ratios": aux["ratios"] | routers.ratios(outputs)}
+    if found := self.router.stats(outputs):
+      aux["stats"] = aux.get("stats", {}) | found
     return sums | self.router.sums(outputs), denominators | self.router.denominators(), aux
 
   def denominators(self, row: Row, key: Array, step, latent=None) -> dict[str, Array]:
@@ -515,6 +517,7 @@ def _built(registry, section, where):
 def registry() -> dict[str, type]:
   """Kinds of objectives by name."""
   from genmodels.objectives.anchor import Anchored  # here: they import this module
+  from genmodels.objectives.consistency import Consistency
   from genmodels.objectives.distill import BlockDistill
   from genmodels.objectives.drafts import BlockDraft, MultiToken, Taught
   from genmodels.objectives.energy import EnergyNCE
@@ -535,6 +538,7 @@ def registry() -> dict[str, type]:
     "taught": Taught,
     "block_policy": BlockPolicy,
     "anchored": Anchored,
+    "consistency": Consistency,
     "energy_nce": EnergyNCE,
     "esoteric": Esoteric,
     "next_token_image": NextTokenImage,

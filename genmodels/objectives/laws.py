@@ -36,7 +36,7 @@ def check(objective) -> list[str]:
     notes.append(f"{', '.join(terms)}: no ratios of sums, taken over each global micro-batch and averaged")
   role = np.full(_DOC.shape, TEXT)
   role[0, _GIVEN] = CONTEXT
-  row = token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=3)
+  row = objective.corruption.symbolic(token_row(np.zeros(_DOC.shape), _DOC, role=role, capacity=3))
   copy_of = objective.layout.copy_of()
   layout = dataclasses.replace(objective.layout, copy_slots=0)  # room enough: rows are the packer's matter
 

@@ -1,10 +1,14 @@
-"""Losses and metrics of routers: what a mixture of experts adds to an objective.
+"""Losses, bias updates and metrics of routers: what a mixture of experts adds to an objective.
 
   balance  E · Σ_e f_e·P_e     f_e choices of expert e per slot, P_e its mean score: top_k where routing is
            uniform, more where slots agree on their experts (Switch Transformer, arXiv:2101.03961, eq. 4–6).
            No strict bound: it is top_k whatever f is if P is uniform, and below where a few sure slots face
            many unsure ones
   z        mean of (log Σ_e exp logit_e)²   keeps logits small (ST-MoE, arXiv:2202.08906, eq. 5)
+
+  bias     b_e ← b_e + u·sign(mean load − load of e) after each step: no term and no gradient, the bias is
+           added to the scores that experts are chosen by, not to their weights (loss-free balancing,
+           arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437: u = 0.001)
 
 A product of two means is no ratio of sums: both terms are taken over each *global micro-batch* (all devices,
 all valid slots of every stream), and averaged over the micro-batches of a step. `train.accumulate` therefore
@@ -26,6 +30,7 @@ from genmodels.contracts import Outputs
 Array = jax.Array
 
 PREFIX = "router_"  # of the terms' names
+LOADS = "router_loads"  # among the sums of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +39,22 @@ class Router:
 
   Fields:
     balance, z: λ of the term, a number or a schedule; reports stay unscaled.
+    bias: u, the rate of the experts' bias (`model.moe.bias`); 0 leaves it as it is. Loads are those of the
+      step's global batch, all micro-batches together.
     scope: "layer" takes f and P in each layer and averages the layers' losses; "model" takes them over all
       layers at once, as transformers' load_balancing_loss_func does: one layer may make up for another.
   """
 
   balance: Schedule = 0.0
   z: Schedule = 0.0
+  bias: float = 0.0
   scope: str = "layer"
 
   def __post_init__(self):
     for name in ("balance", "z"):
       object.__setattr__(self, name, Schedule.of(getattr(self, name)))
+    if self.bias < 0:
+      raise ValueError(f"bias is {self.bias}; the rate of an update is at least 0")
     if self.scope not in ("layer", "model"):
       raise ValueError(f"scope is {self.scope!r}; it must be 'layer' or 'model'")
 
@@ -66,6 +76,10 @@ class Router:
     stats = outputs.layers["router"]
     values = {PREFIX + "balance": lambda: balance(stats, self.scope), PREFIX + "z": lambda: z_loss(stats)}
     return {name: values[name]() for name in on}
+
+  def stats(self, outputs: Outputs) -> dict:
+    """{LOADS: choices of each expert, a sum over micro-batches} for the bias, or {}."""
+    return {LOADS: outputs.layers["loads"]} if self.bias else {}
 
 
 def balance(stats: dict[str, Array], scope: str = "layer") -> Array:

@@ -20,9 +20,11 @@ from genmodels.sampling import (
   active,
   cache,
   commit,
+  credit,
   drafting,
   draw,
   energy,
+  guide,
   infilling,
   insertion,
   laws,
@@ -31,6 +33,7 @@ from genmodels.sampling import (
   partial,
   quota,
   remask,
+  sizes,
   stop,
 )
 from genmodels.sampling.loop import Sampler
@@ -104,13 +107,15 @@ class SamplerConfig:
     score: confidence that ranks tokens, see draw.Score.
     commit: from where they are taken, see commit.REGISTRY. remask: what is opened again, see remask.REGISTRY.
     active: what one call is over, see active.REGISTRY. mix: what masked slots show, see mix.REGISTRY.
+    credit: logits remember earlier predictions: a section of credit.Credit; "": they do not.
     stop: one or several sections with a `kind` of stop.REGISTRY.
     temperature: 0 takes the likeliest token. top_k: 0 keeps all. top_p: nucleus.
     sub_block: tokens of a unit that are open at one time, left to right (LLaDA's block length); 0: all.
       Steps of a quota are per sub-block.
     block: block size to decode with; 0 is the trained one, anything else warns.
     cache: "auto", "none", "causal_exact", "block_exact", or a section with a `kind` for what a step may read
-      inside the front unit: prefix, dual, vicinity, free, delayed, logit_selective (see partial.py).
+      inside the front unit: prefix, dual, vicinity, free, delayed, delayed_greedy,
+      logit_selective, value_similarity (see partial.py).
     guidance: see Guidance.
     eos: id that ends a row; −1 takes the tokenizer's, −2 none.
     forbid: ids never drawn, besides the mask id.
@@ -118,6 +123,8 @@ class SamplerConfig:
     length: tokens of a generated row, prompt included, where the caller does not say; 0: a row of the data.
     draft: speculative decoding: a section with a `kind` of drafting.DRAFTERS, or a kind; "" is none.
     verify: "auto", or a section with a `kind` of verify.REGISTRY, or a kind.
+    sizes: a policy that chooses the sizes of blocks: a section of sizes.Sizes, or a path; "": equal ones.
+    guide: an autoregressive run that decides what is committed: guide.Guide, or a path; "": none.
     energy: which of several drafts of a whole text is taken: a section with a `kind` of energy.REGISTRY; "":
       none.
 
@@ -130,6 +137,7 @@ class SamplerConfig:
   remask: Any = "never"
   active: Any = "units"
   mix: Any = "mask"
+  credit: Any = ""
   stop: Any = ()
   temperature: float = 1.0
   top_k: int = 0
@@ -144,6 +152,8 @@ class SamplerConfig:
   length: int = 0
   draft: Any = ""
   verify: Any = "auto"
+  sizes: Any = ""
+  guide: Any = ""
   energy: Any = ""
 
   def __post_init__(self):
@@ -166,6 +176,12 @@ class SamplerConfig:
       put("draft", drafting.drafter(self.draft))
     if self.verify != "auto":
       put("verify", drafting.rule(self.verify))
+    if self.credit:
+      put("credit", config.build(credit.Credit, self.credit, "credit"))
+    if self.sizes:
+      put("sizes", sizes.section(self.sizes))
+    if self.guide:
+      put("guide", guide.section(self.guide))
     if self.energy:
       put("energy", energy.section(self.energy))
     if self.temperature < 0:
@@ -242,8 +258,15 @@ def build(
   )
   extras, top = wants(cfg)
   choice = draw.Choice(
-    cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top
-  )
+    cfg.temperature, cfg.top_k, cfg.top_p, cfg.score.kind, tuple(sorted(forbid)), extras, top,
+    cfg.credit or None,
+  )  # fmt: skip
+  drafts = cfg.draft and not isinstance(cfg.draft, drafting.Plain)
+  if cfg.credit and (isinstance(objective, Insertion) or hasattr(objective.corruption, "plan") or drafts):
+    raise ConfigError(
+      "each token is predicted once, or verified: no earlier prediction earns credit", key="sampler.credit",
+      value=cfg.credit, fix="credit=''",
+    )  # fmt: skip
   if isinstance(objective, Insertion):
     return insertion.build(cfg, objective, model, choice)
   if hasattr(objective.corruption, "plan") and not cfg.draft:
@@ -330,8 +353,20 @@ def build(
     stops=cfg.stop,
   )
   check(sampler)
+  helpers = [name for name in ("sizes", "guide", "energy") if getattr(cfg, name)]
+  helpers += ["draft"] * bool(drafts)
+  if len(helpers) > 1:
+    raise ConfigError(
+      "one helper at a time decides what happens to a row", key=f"sampler.{helpers[1]}",
+      value=helpers, fix=f"one of {', '.join(helpers)}",
+    )  # fmt: skip
+  if cfg.sizes:
+    return sizes.build(sampler, cfg.sizes, load)
+  guided = guide.build(sampler, cfg.guide, load) if cfg.guide else None
   if policy.partial is not None:
     sampler = laws.judged(sampler)
+  if guided is not None:
+    sampler = dataclasses.replace(guided, policy=sampler.policy)
   if isinstance(objective, Infill):
     if cfg.draft or cfg.energy:
       raise ConfigError(
@@ -401,11 +436,34 @@ def check(sampler: Sampler) -> None:
       not sampler.denoises or sampler.objective.mask_id < 0 or not getattr(model, "vocab", 0),
       "mixtures are with the embedding of a mask, and no slot of this sampler shows one", "mix", "mix='mask'",
     )  # fmt: skip
+  if cfg.credit:
+    law(
+      not sampler.denoises or bool(cfg.energy), "each token is predicted once, or as one of several texts",
+      "credit", "credit=''",
+    )  # fmt: skip
+    law(
+      sampler.policy.partial is not None and sampler.policy.partial.keeps,
+      "the cache lets old predictions stand, which would earn credit again", "credit",
+      "another sampler.cache",
+    )  # fmt: skip
   cfg.active.check(sampler)
   if sampler.policy.partial is not None and type(cfg.active) is not active.Units:
     raise ConfigError(
       "what a step may read is said of one unit at a time", key="sampler.cache", value=sampler.policy.name,
       fix="active='units', or cache='auto', which is exact",
+    )  # fmt: skip
+  if sampler.policy.partial is not None and sampler.policy.partial.foresees:
+    law(
+      not q.timed and cfg.score.kind != "random", "the cache computes what a step is going to commit: known "
+      "before the predictions only where the order is random", "score", "score='random'",
+    )  # fmt: skip
+    law(
+      cfg.score.eos != 1, "which token is an EOS is not known before the predictions", "score", "score.eos=1"
+    )
+    law(
+      bool(sampler.choice.extras) or sampler.choice.top > 0 or bool(cfg.credit),
+      "the cache computes what a step is going to commit, and these rules decide that by the predictions",
+      "credit" if cfg.credit else "stop" if cfg.stop else "mix", "stop=(), mix='mask', credit=''",
     )  # fmt: skip
   if isinstance(q, quota.Threshold) and cfg.score.kind == "neg_entropy" and q.tau >= 0:
     warnings.warn(

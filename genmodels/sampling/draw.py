@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ class Picked:
     top: (ids int32[…, R], probabilities float32[…, R]) of the likeliest tokens; None unless asked for.
     kl: float32[…], KL of this distribution to the one remembered, see `kl_on`; None unless asked for.
     spread: float32[…], entropy over ln V; None unless asked for.
+    credit: (ids int32[…, R], float32[…, R]), see credit.Credit; None without one.
   """
 
   token: Array
@@ -132,6 +133,7 @@ class Picked:
   top: tuple[Array, Array] | None = None
   kl: Array | None = None
   spread: Array | None = None
+  credit: tuple[Array, Array] | None = None
 
 
 def kl_on(logp: Array, ids: Array, prob: Array) -> Array:
@@ -155,6 +157,7 @@ class Choice:
   Fields:
     score: Score.kind.
     extras: what else of the distribution is wanted: fields of Picked. top: R, likeliest tokens kept.
+    credit: a credit.Credit, or None.
   """
 
   temperature: float = 1.0
@@ -164,6 +167,7 @@ class Choice:
   forbid: tuple[int, ...] = ()
   extras: tuple[str, ...] = ()
   top: int = 0
+  credit: Any = None
 
   def logits(self, logits: Array) -> Array:
     """float32 logits [c, V] with forbidden ids at −inf."""
@@ -193,20 +197,24 @@ class Choice:
 
     Args:
       k0, k1: uint32[c], keys. known: ids int32[c, R] and probabilities float32[c, R] to which the divergence
-        is taken; with "kl" only.
+        is taken, with "kl" only; then the ids and values of the credit, where there is one.
     """
-    raw = self.logits(logits)
+    raw, table = self.logits(logits), None
+    if self.credit is not None:
+      *known, ids, value = known
+      raw, table = self.credit.fused(raw, ids, value)
     z = raw
     if self.temperature > 0:
       z = self.filtered(raw)
       z = z + gumbel(k0, k1, z.shape[-1])
     token = jnp.argmax(z, -1).astype(jnp.int32)
     logp = jax.nn.log_softmax(raw, -1)
-    return Picked(token, self._score(token, logp, k0, k1), **self._extras(raw, logp, known))
+    score = self._score(token, logp, k0, k1)
+    return Picked(token, score, **self._extras(raw, logp, known), credit=table)
 
   def _score(self, token, logp, k0, k1):
     if self.score == "random":
-      return rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0])
+      return random_score(k0, k1)
     if self.score == "margin":
       two = jnp.exp(jax.lax.top_k(logp, 2)[0])
       return two[..., 0] - two[..., 1]
@@ -227,6 +235,11 @@ class Choice:
     if "spread" in self.extras:
       out["spread"] = _entropy(logp) / math.log(logp.shape[-1])
     return out
+
+
+def random_score(k0: Array, k1: Array) -> Array:
+  """float32[…] uniforms of keys uint32[…]: the score of kind "random", which knows no prediction."""
+  return rng.uniform(rng.threefry2x32(k0, k1, np.uint32(0), np.uint32(3))[0])
 
 
 def _entropy(logp: Array) -> Array:

@@ -38,8 +38,8 @@ class Infilling(Sampler):
   network: str = ""
   beside: Any = None
 
-  def start(self, params, row: Row, prefill: int) -> State:
-    s = super().start(params["model"], row, prefill)
+  def start(self, params, row: Row, prefill: int, key: Array | None = None) -> State:
+    s = super().start(params["model"], row, prefill, key)
     noise = self.objective.corruption.state(row, s.committed)
     inputs = self.objective.shown_masked(row, noise, self.latent)
     states = self.beside.apply(params[self.network], inputs, {}).layers["hidden"]

@@ -103,6 +103,8 @@ def shrink(sampler):
   policy = sampler.policy
   if policy.partial is not None:
     policy = dataclasses.replace(policy, partial=policy.partial.small())
+  foresees = policy.partial is not None and policy.partial.foresees
+  score = "random" if foresees else "prob"
   kind = type(sampler)
 
   class Small(kind):
@@ -125,7 +127,8 @@ def shrink(sampler):
   return Small(**values | {
     "cfg": cfg, "objective": objective, "model": Probe(tuple(sampler.model.cfg.patterns)), "latent": None,
     "capacity": 4 if cut else sampler.capacity, "policy": policy, "quota": Linear(steps=N),
-    "choice": draw.Choice(temperature=0.0), "remask": remask.Never(), "mix": mix.Mask(), "stops": (),
+    "choice": draw.Choice(temperature=0.0, score=score), "remask": remask.Never(), "mix": mix.Mask(),
+    "stops": (),
   })  # fmt: skip
 
 

@@ -191,7 +191,8 @@ class Sampler:
   @property
   def reuse(self) -> bool:
     """Predictions are kept while no row changes; they would change if entries of a partial cache do."""
-    return self.quota.reuse and not self.choice.extras and self.policy.partial is None
+    looks_back = self.choice.extras or self.choice.credit is not None
+    return self.quota.reuse and not looks_back and self.policy.partial is None
 
   def named_stops(self):
     """(key, rule) of the stop rules."""
@@ -209,7 +210,7 @@ class Sampler:
 
   def run(self, params, row: Row, key: Array, prefill: int) -> Result:
     """`__call__` without the host's part; traceable."""
-    state = self.start(params, row, prefill)
+    state = self.start(params, row, prefill, key)
     limit = self.step_limit(row)
 
     def more(s: State):
@@ -221,23 +222,38 @@ class Sampler:
   def step_limit(self, row: Row) -> int:
     """More steps than any generation takes: a guard against a loop without progress."""
     N, W = row.tokens.shape[1], self.active.window(self, row)
-    units = -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
-    limit = units * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
+    limit = self.most_units(row) * (self.quota.bound(max(W, 1)) + 2 + self.mix.refine) + N
     return limit * math.prod(1 + getattr(x, "tries", 0) for x in self.stops)
 
-  def start(self, params, row: Row, prefill: int) -> State:
-    """The state before the first step: given tokens committed, whole units of the prompts cached."""
+  def most_units(self, row: Row) -> int:
+    """More units, or windows of them, than a row has."""
+    N, W = row.tokens.shape[1], self.active.window(self, row)
+    return -(-N // max(W, 1)) + 2 if not self.objective.corruption.blocks.sizes else N
+
+  def noise(self, row: Row, s: State) -> Noise:
+    """The noise that describes a state: what is not committed is hit."""
+    return self.objective.corruption.state(row, s.committed)
+
+  def start(
+    self, params, row: Row, prefill: int, key: Array | None = None, noise: Noise | None = None
+  ) -> State:
+    """The state before the first step: given tokens committed, whole units of the prompts cached.
+
+    Args:
+      key: of the run, for samplers that draw something now. noise: of the row as it is given, if known.
+    """
     B, N = row.tokens.shape
     committed = jnp.logical_not(eligible(row))
-    cursor = self.active.start(self, row)
+    noise = self.objective.corruption.state(row, committed) if noise is None else noise
+    cursor = self.active.start(self, row, noise)
+    used = jnp.minimum(cursor, prefill)
     zero = jnp.zeros((B,), jnp.int32)
     caches, forwards, calls = (), 0, dict.fromkeys(KINDS, zero)
     if self.policy.stores:
       caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
       if prefill:
-        length = jnp.minimum(cursor, prefill)
-        caches, used, _ = self.prefill(params, row, caches, committed, length, prefill)
-        forwards, calls = self.branches, calls | {"prefill": used}
+        caches, some, _ = self.prefill(params, row, caches, noise, used, prefill)
+        forwards, calls = self.branches, calls | {"prefill": some}
     M = self.active.asked(self, row)
     return State(
       tokens=row.tokens,
@@ -257,7 +273,7 @@ class Sampler:
       caches=caches,
       draft=self.choice.nothing(B, M) if self.reuse else (),
       changed=jnp.bool_(True),
-      memory=self.memory(row) | {"cache": partial.memory(self, row, prefill)},
+      memory=self.memory(row) | {"cache": partial.memory(self, row, used, prefill)},
     )
 
   def memory(self, row: Row) -> dict[str, Any]:
@@ -270,16 +286,17 @@ class Sampler:
       out["top"] = mix.remembered(shape, self.choice.top)
     if self.mix.refine:
       out["refined"] = zero
+    if self.choice.credit is not None:
+      out["credit"] = self.choice.credit.memory(shape)
     return out
 
-  def prefill(self, params, row: Row, caches, committed: Array, length: Array, width: int):
+  def prefill(self, params, row: Row, caches, noise: Noise, length: Array, width: int):
     """Caches with the first `length` int32[B] ≤ width tokens of the rows, int32[B], rows that had any, and
     `Outputs.layers` of the first branch."""
     B = length.shape[0]
     at = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
     keep = at < length[:, None]
     only = active.pairs(jnp.full((B, 1), self.store), at, keep)
-    noise = self.objective.corruption.state(row, committed)
     outs, layers = [], None
     for i, cache in enumerate(caches):
       inputs, _ = self.view(row, noise, only, i)
@@ -328,28 +345,43 @@ class Sampler:
     ordinal, total = block_ordinals(a.row, self.active.units(self, a.row, a.noise)[0])
     return at_coordinate(ordinal, a.lo) / jnp.maximum(at_coordinate(total, a.lo) - 1, 1)
 
-  def logits(self, params, row: Row, s: State) -> tuple[Array, Ask]:
-    """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection."""
+  def logits(self, params, row: Row, s: State, key: Array | None = None) -> tuple[Array, Ask]:
+    """float32[B, M, V] of the asked tokens (0 where none may be committed), for tests and inspection.
+
+    Args:
+      key: of the run; for caches that compute what a step is going to commit."""
     a = self.ask(row, s)
     if self.policy.partial is None:
       return self.predict(params, a, s, self.choice.logits, ())[0], a
-    out, now, *_ = partial.predict(self, params, a, s, self.choice.logits, ())
+    out, now, *_ = partial.predict(self, params, a, s, key, self.choice.logits, ())
     return out, a.replace(can=now)
 
-  def forward(self, params, row: Row, s: State, a: Ask, key: Array):
-    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
-    remembered of the cache: `partial.memory`)."""
+  def keys(self, s: State, a: Ask, key: Array) -> tuple[Array, Array]:
+    """Two uint32[B, M], of the draws of the asked tokens."""
     # Keyed by how much is committed, not by the step: as long as a row stays as it is, so do its draws.
     # That makes kept predictions the same as recomputed ones.
     # What was opened again, or begun anew, counts as more than any number of tokens.
     again = [s.memory[name]["tries"] for name in ("remask", "entropy_floor") if name in s.memory]
-    changes = s.committed.sum(1) + (row.doc.shape[1] + 1) * sum(again)
-    xs = draw.token_keys(draw.row_keys(row, key, draw.TOKEN, changes), a.at)
+    changes = s.committed.sum(1) + (a.row.doc.shape[1] + 1) * sum(again)
+    return draw.token_keys(draw.row_keys(a.row, key, draw.TOKEN, changes), a.at)
+
+  def foreseen(self, s: State, a: Ask, key: Array) -> Array:
+    """bool[B, M]: what this step commits, where that does not depend on what it predicts."""
+    score = draw.random_score(*self.keys(s, a, key))
+    picked = self.choice.nothing(*a.at.shape).replace(score=score)
+    return self.select(a.row, s, a, picked, key).commit
+
+  def forward(self, params, row: Row, s: State, a: Ask, key: Array):
+    """(draw.Picked of the asked tokens, caches with what the call keeps, evaluations of the network, what is
+    remembered of the cache: `partial.memory`)."""
+    xs = self.keys(s, a, key)
     if "kl" in self.choice.extras:
       xs += tuple(mix.rows_at(s.memory["top"][name], a.at) for name in ("ids", "prob"))
+    if self.choice.credit is not None:
+      xs += tuple(mix.rows_at(s.memory["credit"][name], a.at) for name in ("ids", "value"))
 
     if self.policy.partial is not None:
-      picked, caches, kept = partial.forward(self, params, s, a, xs)
+      picked, caches, kept = partial.forward(self, params, s, a, key, xs)
       return picked, caches, jnp.int32(self.branches), kept
 
     def run():
@@ -420,6 +452,8 @@ class Sampler:
       memory["refined"] = done + hold
     if self.choice.top:
       memory["top"] = mix.remember(memory["top"], a, picked)
+    if self.choice.credit is not None:
+      memory["credit"] = self.choice.credit.remember(memory["credit"], a, picked.credit)
     chosen, level = chosen & ~hold[:, None], jnp.where(hold, old, level)
     progress = 1 - a.under.sum(1) / jnp.maximum(size, 1)
     for rule in self.stops:

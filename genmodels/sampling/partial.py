@@ -3,7 +3,8 @@
 The entries of a unit are addressed by coordinate. A call hides the entries of the slots that it computes and
 *replaces* them afterwards; all others stay visible, whatever has been committed since. So a policy is one
 function, `recompute`: which slots of the unit a step computes. Those that predict a token that may be
-committed now always are (but under `keeps`, where their last prediction stands).
+committed now always are, but under `keeps`, where their last prediction stands, and under `foresees`, where
+those are that will be committed.
 
 Which of these are exact depends on who sees whom, not on their names: `laws.exact` finds out.
 
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 from genmodels.contracts import Array, pytree
 from genmodels.corruption.base import eligible
 from genmodels.masks import CODE_HIDDEN
-from genmodels.models import relabel_cache, write_cache
+from genmodels.models import relabel_cache, value_similarity, write_cache
+from genmodels.sampling import draw
 from genmodels.sampling.state import at_coordinate, first_where
 
 LONG_AGO = 2**30
@@ -44,6 +46,10 @@ class Look:
     first: bool[B], nothing of this unit has been computed; fresh: the window is a new one.
     k: int32[B], steps in this window; step: int32 scalar, steps in all.
     bound: the most steps that the quota takes for a window (static).
+    given: bool[B, A], slots of the prompt.
+    chosen: bool[B, A], slots whose prediction is committed in this step; None unless the policy `foresees`.
+    similar: float32[B, A], `models.value_similarity` between the last two times that a slot was computed, 1
+      before the second; None unless the policy `compares`.
   """
 
   at: Array
@@ -60,6 +66,9 @@ class Look:
   k: Array
   step: Array
   bound: int
+  given: Array
+  chosen: Array | None = None
+  similar: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +86,8 @@ class Partial:
   exact: bool = False
 
   keeps = False  # predictions of slots that were not computed stay candidates
+  foresees = False  # what a step commits is known before its predictions, and is all that has to be computed
+  compares = False  # values are compared with those that they replace
 
   def __post_init__(self):
     if self.refresh < 0 or self.widths < 1:
@@ -158,7 +169,7 @@ class Free(Partial):
   commit); what is behind shrinks as windows finish (FreeCache, Hu et al. 2505.21467; details unverified)."""
 
   def due(self, look):
-    return look.first | (look.step % self.refresh == 0) if self.refresh else look.first
+    return _every(look, self.refresh)
 
   def recompute(self, look):
     return self.due(look)[:, None] | (look.at >= look.before[:, None])
@@ -173,10 +184,56 @@ class Delayed(Partial):
   refresh: int = 8
 
   def due(self, look):
-    return look.first | (look.step % self.refresh == 0) if self.refresh else look.first
+    return _every(look, self.refresh)
 
   def recompute(self, look):
     return self.due(look)[:, None] | look.open | (look.since <= 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Delayed):
+  """Computed are the tokens that this step commits, those that the last step committed, and a few open ones
+  around the former; all others are read (dKV-Cache-Greedy, 2505.15781: refresh 2, window 4). A step computes
+  a constant number of slots, a generation O(N²) pairs in place of O(N³).
+
+  What a step commits has to be known before the forward pass, as it is where the order is random. Windows
+  that overlap are not made longer, as the released code does; they end at the last open token.
+
+  Fields:
+    window: open tokens around each token that is committed, half of them on either side.
+  """
+
+  refresh: int = 2
+  window: int = 4
+
+  foresees = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.window < 0:
+      raise ValueError(f"window is {self.window}; a number of tokens, at least 0")
+
+  def due(self, look):
+    return Partial.due(self, look)
+
+  def recompute(self, look):
+    rank = jnp.cumsum(look.open, 1)  # of an open slot among them: 1, 2, …
+    B, A = rank.shape
+    # [first, behind) of each window, marked at its ends among the ranks, and counted.
+    edge = jnp.zeros((B, A + 2), jnp.int32)
+    put = lambda x, at, by: x.at[jnp.arange(B)[:, None], jnp.clip(at, 0, A + 1)].add(by)
+    on = look.chosen.astype(jnp.int32)
+    edge = put(edge, rank - (self.window + 1) // 2, on)
+    edge = put(edge, rank + self.window // 2 + 1, -on)
+    inside = jnp.take_along_axis(jnp.cumsum(edge, 1), rank, 1) > 0
+    return self.due(look)[:, None] | look.chosen | (look.since <= 1) | (look.open & inside)
+
+  def ladder(self, A, window):
+    del window
+    return super().ladder(A, min(2 + self.window, A))
+
+  def small(self):
+    return dataclasses.replace(super().small(), window=min(self.window, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +275,63 @@ class LogitSelective(Partial):
     return dataclasses.replace(super().small(), ratio=min(self.ratio, 0.5), warm=0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueSimilarity(Partial):
+  """The prompt is computed every `prompt` steps, the answer every `refresh` steps; in between the `ratio` of
+  the answer whose values have moved most, and what was committed in the last step. Other predictions stand
+  (dLLM-Cache, Liu et al. 2506.06295: K_p = 100, K_r = 7, ρ = .25).
+
+  The released code chooses anew in each layer, by its values before and now, and each layer computes other
+  slots. In its first layer the values are those of the token alone, so that the choice falls on what was just
+  committed, and among equals. Here one choice serves all layers: values are compared whenever a slot is
+  computed, and the mean over layers counts.
+
+  Fields:
+    refresh: K_r. prompt: K_p; 0: never again. ratio: ρ, a share of the answer's tokens.
+  """
+
+  refresh: int = 7
+  prompt: int = 100
+  ratio: float = 0.25
+
+  keeps = True
+  compares = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.prompt < 0 or not 0 <= self.ratio <= 1:
+      raise ValueError(f"prompt is {self.prompt}, ratio {self.ratio}; at least 0, and a share in [0, 1]")
+
+  def due(self, look):
+    return _every(look, self.refresh)
+
+  def recompute(self, look):
+    answer, last = look.use & ~look.given, look.since <= 1
+    count = jnp.floor(self.ratio * answer.sum(1).astype(jnp.float32)).astype(jnp.int32)
+    order = jnp.argsort(jnp.where(answer & ~last, look.similar, jnp.inf), axis=1, stable=True)
+    moved = answer & (jnp.argsort(order, axis=1) < count[:, None])
+    asked = look.fresh[:, None] & look.need  # by a new window, for the first time
+    given = look.given & _every(look, self.prompt)[:, None]
+    return given | (answer & self.due(look)[:, None]) | moved | last | asked
+
+  def small(self):
+    return dataclasses.replace(super().small(), prompt=min(self.prompt, 3), ratio=min(self.ratio, 0.5))
+
+
+def _every(look: Look, steps: int) -> Array:
+  """bool[B]: the first step, and every so many steps of the generation; 0: no other."""
+  return look.first | (look.step % steps == 0) if steps else look.first
+
+
 REGISTRY = {
   "prefix": Prefix,
   "dual": Dual,
   "vicinity": Vicinity,
   "free": Free,
   "delayed": Delayed,
+  "delayed_greedy": Greedy,
   "logit_selective": LogitSelective,
+  "value_similarity": ValueSimilarity,
 }
 
 
@@ -246,20 +353,25 @@ def ladder(sampler, row) -> tuple[int, ...]:
   return sampler.policy.partial.ladder(A, W if W >= A else min(W + shifted, A))
 
 
-def memory(sampler, row, prefill: int):
+def memory(sampler, row, used: Array, prefill: int):
   """What is remembered of a generation: {"slots": int32, slots computed per row, padding and all guidance
-  branches included; "used": int32[B], those of one branch that held a token}, and the last predictions."""
+  branches included; "used": int32[B], those of one branch that held a token}, and the last predictions.
+
+  Args:
+    used: int32[B], tokens of a first call of width `prefill`.
+  """
   B, M = row.tokens.shape[0], sampler.active.asked(sampler, row)
-  used = jnp.minimum(sampler.active.start(sampler, row), prefill)
   out = {"slots": jnp.int32(prefill * sampler.branches), "used": used}
   if sampler.policy.partial is not None and sampler.policy.partial.keeps:
     out["sure"] = jnp.zeros((B, M), jnp.float32)
     out["picked"] = sampler.choice.nothing(B, M)
+    if sampler.policy.partial.compares:
+      out["similar"] = jnp.ones((B, sampler.active.width(sampler, row)), jnp.float32)
   return out
 
 
-def look(sampler, a, s) -> Look:
-  """A policy's view of a call over the whole unit."""
+def look(sampler, a, s, key) -> Look:
+  """A policy's view of a call over the whole unit. The key is that of the run, for what `foresees`."""
   at, use = a.only[..., 1], a.only[..., 1] >= 0
   B, A = at.shape
   N = s.tokens.shape[1]
@@ -268,7 +380,7 @@ def look(sampler, a, s) -> Look:
   open_ = use & ~at_coordinate(s.committed, safe)
   rows_ = jnp.arange(B)[:, None]
   slot = jnp.where(a.can & a.under, a.slot, A)
-  need = jnp.zeros((B, A), bool).at[rows_, slot].set(True, mode="drop")
+  slots = lambda flag: jnp.zeros((B, A), bool).at[rows_, jnp.where(flag, a.slot, A)].set(True, mode="drop")
   sure = jnp.where(open_, -jnp.inf, jnp.inf)
   if sampler.policy.partial.keeps:
     sure = sure.at[rows_, slot].set(s.memory["cache"]["sure"], mode="drop")
@@ -281,7 +393,7 @@ def look(sampler, a, s) -> Look:
     use=use,
     open=open_,
     since=jnp.where(open_ | (done_at < 0), LONG_AGO, s.step - done_at),
-    need=need,
+    need=slots(a.can & a.under),
     sure=sure,
     lo=lo,
     hi=hi,
@@ -291,26 +403,31 @@ def look(sampler, a, s) -> Look:
     k=jnp.where(a.fresh, 0, s.k),
     step=s.step,
     bound=sampler.quota.bound(max(min(window, N), 1)),
+    given=use & ~at_coordinate(eligible(a.row), safe),
+    chosen=slots(sampler.foreseen(s, a, key)) if sampler.policy.partial.foresees else None,
+    similar=s.memory["cache"].get("similar"),
   )
 
 
-def select(sampler, a, s) -> Array:
+def select(sampler, a, s, key) -> Array:
   """bool[B, A]: the slots of a call that are computed; all of those that enter an exact cache."""
-  view, policy = look(sampler, a, s), sampler.policy.partial
+  view, policy = look(sampler, a, s, key), sampler.policy.partial
   chosen = policy.recompute(view)
-  if not policy.keeps:
+  if policy.foresees:
+    chosen |= view.chosen
+  elif not policy.keeps:
     chosen |= view.need
   return view.use & (chosen | ~a.denoise[:, None])
 
 
-def predict(sampler, params, a, s, fn, xs):
+def predict(sampler, params, a, s, key, fn, xs):
   """`Sampler.predict` over the slots that the policy computes.
 
   Returns:
-    fn's pytree of [B, M, …]; bool[B, M], tokens that were predicted now; the caches with this call's entries;
-    int32, the width of the call; int32[B], slots computed.
+    fn's pytree of [B, M, …]; bool[B, M], tokens that were predicted now; Look.similar after the call, or
+    None; the caches with this call's entries; int32, the width of the call; int32[B], slots computed.
   """
-  chosen = select(sampler, a, s)
+  chosen = select(sampler, a, s, key)
   N = s.tokens.shape[1]
   base = sampler.stream if sampler.store is None else sampler.store
   stream, at = a.only[..., 0], a.only[..., 1]
@@ -330,25 +447,32 @@ def predict(sampler, params, a, s, fn, xs):
       now = a.can & (slot >= 0)
       b = a.replace(only=only, keep=keep, inputs=inputs, can=now, slot=jnp.where(now, slot, -1))
       out, news = sampler.predict(params, b, s.replace(caches=past), fn, xs)
-      where = take(entry)
-      return out, now, tuple(write_cache(c, n, keep, where) for c, n in zip(past, news, strict=True))
+      where, similar = take(entry), None
+      if sampler.policy.partial.compares:
+        similar = value_similarity(past[0], news[0], where)
+        similar = jnp.where((s.unit < a.lo)[:, None], 1.0, similar)  # nothing was there
+        index = jnp.where(keep, order, chosen.shape[1])
+        similar = (
+          s.memory["cache"]["similar"].at[jnp.arange(len(index))[:, None], index].set(similar, mode="drop")
+        )
+      return out, now, similar, tuple(write_cache(c, n, keep, where) for c, n in zip(past, news, strict=True))
 
     return run
 
   index = sum((count.max() > w).astype(jnp.int32) for w in widths[:-1])
   if len(widths) == 1:
-    out, now, caches = narrow(widths[0])(past)
+    out, now, similar, caches = narrow(widths[0])(past)
   else:
     # A loop of one turn or none for each width: loops update the cache in place, branches of a conditional
     # write a copy of it.
     zeros = lambda x: jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), x)
-    carry = (*zeros(jax.eval_shape(narrow(widths[0]), past)[:2]), past)
-    once = lambda run, c: (jnp.bool_(False), *run(c[3]))
+    carry = (*zeros(jax.eval_shape(narrow(widths[0]), past)[:3]), past)
+    once = lambda run, c: (jnp.bool_(False), *run(c[4]))
     for i, width in enumerate(widths):
       turn = functools.partial(once, narrow(width))
       carry = jax.lax.while_loop(lambda c: c[0], turn, (index == i, *carry))[1:]
-    out, now, caches = carry
-  return out, now, caches, jnp.asarray(widths, jnp.int32)[index], count
+    out, now, similar, caches = carry
+  return out, now, similar, caches, jnp.asarray(widths, jnp.int32)[index], count
 
 
 def _hide(cache, masks, entry, there, chosen):
@@ -372,7 +496,7 @@ def counted(sampler, s, a, ran=True):
   }
 
 
-def forward(sampler, params, s, a, xs):
+def forward(sampler, params, s, a, key, xs):
   """(draw.Picked of the asked tokens, caches, memory) of one step; see `Sampler.forward`."""
   kept = s.memory["cache"]
   if sampler.policy.partial.keeps:
@@ -380,12 +504,15 @@ def forward(sampler, params, s, a, xs):
     def fn(logits, *xs):
       return sampler.choice(logits, *xs), sampler.choice.logits(logits).max(-1)
 
-    (picked, sure), now, caches, width, count = predict(sampler, params, a, s, fn, xs)
+    (picked, sure), now, similar, caches, width, count = predict(sampler, params, a, s, key, fn, xs)
     stay = lambda new, old: jnp.where(now.reshape(*now.shape, *[1] * (new.ndim - 2)), new, old)
     picked = jax.tree.map(stay, picked, kept["picked"])
     kept = kept | {"picked": picked, "sure": stay(sure, kept["sure"])}
+    kept |= {} if similar is None else {"similar": similar}
   else:
-    picked, _, caches, width, count = predict(sampler, params, a, s, sampler.choice, xs)
+    picked, *_, caches, width, count = predict(sampler, params, a, s, key, sampler.choice, xs)
+    if sampler.policy.partial.foresees and sampler.choice.score == "random":
+      picked = picked.replace(score=draw.random_score(*xs[:2]))  # tokens that were not computed have one, too
   kept = kept | {"slots": kept["slots"] + width * sampler.branches, "used": kept["used"] + count}
   return picked, caches, kept
 
@@ -420,10 +547,10 @@ def scan_drift(sampler, params, row, key, steps: int, prefill: int):
   finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)
 
   def body(s, _):
-    logits, a = sampler.logits(params, row, s)
-    want, _ = plain.logits(params, row, s.replace(caches=()))
+    logits, a = sampler.logits(params, row, s, key)
+    want, _ = plain.logits(params, row, s.replace(caches=()), key)
     off = jnp.abs(finite(logits) - finite(want)).max(-1)
     return sampler.step(params, row, s, key), jnp.where(a.can, off, 0).max(-1)
 
-  s, out = jax.lax.scan(body, sampler.start(params, row, prefill), length=steps)
+  s, out = jax.lax.scan(body, sampler.start(params, row, prefill, key), length=steps)
   return out, s

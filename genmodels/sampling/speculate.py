@@ -282,7 +282,8 @@ class Speculative(Sampler):
     caches, used = base.caches, zero
     if caches and prefill:
       kept = jnp.minimum(base.cursor, prefill)
-      caches, used, layers = self.prefill(params, row, caches, base.committed, kept, prefill)
+      noise = self.objective.corruption.state(row, base.committed)
+      caches, used, layers = self.prefill(params, row, caches, noise, kept, prefill)
       draft = self.drafter.prompted(params, own, row, kept, layers.get("taps"), draft)
     return Progress(
       tokens=row.tokens,

@@ -173,9 +173,8 @@ def eos_at(eos: int, row: Row, tokens: Array, committed: Array) -> Array:
 def at_coordinate(x: Array, at: Array) -> Array:
   """x [B, N] at coordinates int32[B] or [B, M], clipped into the row."""
   index = jnp.clip(at, 0, x.shape[1] - 1)
-  if at.ndim == 1:
-    return jnp.take_along_axis(x, index[:, None], 1)[:, 0]
-  return jnp.take_along_axis(x, index, 1)
+  take = lambda i: jnp.take_along_axis(x, i, 1, mode="promise_in_bounds")
+  return take(index[:, None])[:, 0] if at.ndim == 1 else take(index)
 
 
 def put(x: Array, at: Array, value, where: Array) -> Array:

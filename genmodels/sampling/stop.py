@@ -154,7 +154,7 @@ def restart(sampler, row: Row, s: State, again: Array) -> State:
     return jnp.where(again.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
   # Counts of what was opened or begun anew go on: they key the draws.
-  forgotten = {k: v for k, v in sampler.memory(row).items() if k in ("top", "refined")}
+  forgotten = {k: v for k, v in sampler.memory(row).items() if k in ("top", "refined", "credit")}
   memory = s.memory | jax.tree.map(pick, forgotten, {k: s.memory[k] for k in forgotten})
   return s.replace(
     memory=memory,

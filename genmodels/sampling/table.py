@@ -114,7 +114,7 @@ FACTS = {
   ),
   ("active", "runs"): (
     "MARIA 2502.06901",
-    "one forward for each open token; the tokens of `units`",
+    "one forward for each open token, between given ones",
     "tests/sampling/test_infilling.py::test_one_forward_for_each_open_token",
   ),
   ("active", "pipeline"): (
@@ -147,7 +147,17 @@ FACTS = {
     "refresh = 1: no cache; read from the second step after the commit",
     _PARTIAL + "test_what_is_computed",
   ),
+  ("cache", "delayed_greedy"): (
+    "dKV-Cache-Greedy 2505.15781",
+    "refresh = 1: no cache; 2 + window slots a token",
+    _PARTIAL + "test_what_will_be_committed_is_computed",
+  ),
   ("cache", "logit_selective"): ("Lumina-DiMOO 2510.06308", "ratio = 0: no cache", _DRIFT),
+  ("cache", "value_similarity"): (
+    "dLLM-Cache 2506.06295, one choice for all layers",
+    "refresh = prompt = 1: no cache",
+    _PARTIAL + "test_what_moved_most_is_computed",
+  ),
   ("mix", "mask"): ("–", "the mask's embedding", _MIX + "test_weightless_mixtures_are_the_mask"),
   ("mix", "refine"): (
     "LRD 2510.11052 (coefficients unverified)",

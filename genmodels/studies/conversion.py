@@ -56,8 +56,8 @@ RECIPES = {
   "scratch_all": ("mdlm", "", 1),  # the tokens of the AR model and of a conversion together
 }
 BLOCKS = (1, 2, 4, 8, 16, 32)
-TAUS = (0.3, 0.5, 0.7, 0.9, 1.0)
-STEPS = (8, 16, 32, 64)  # whole sequences: steps of a text of NEW tokens
+TAU = 0.2  # small models are seldom surer
+STEPS = (8, 16, 32, 64)  # of NEW tokens, and of as many in blocks
 GIVEN, NEW = 32, 64
 DRAWS = 8  # of a likelihood bound
 PACE = (3, 15)  # a short run's steps whose median is its pace: behind compilation
@@ -306,7 +306,11 @@ def _curve(name: str, opened, options: Options) -> dict:
   elif objective.corruption.blocks.whole:
     settings = [(f"steps={s}", {"quota": {"kind": "linear", "steps": s}, "sub_block": 0}) for s in STEPS]
   else:
-    settings = [(f"tau={t}", {"quota": {"kind": "threshold", "tau": t}, "score": "prob"}) for t in TAUS]
+    steps = {s: s * options.block // NEW for s in STEPS if s * options.block >= NEW}
+    settings = [
+      (f"steps={s}", {"quota": {"kind": "linear", "steps": n}, "score": "prob"}) for s, n in steps.items()
+    ]
+    settings += [(f"tau={TAU}", {"quota": {"kind": "threshold", "tau": TAU}, "score": "prob"})]
   points = []
   for setting, section in settings:
     point = curve.measure(judge, model, name, "", setting, {**section, **common}, prompts, NEW)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import config, models, objectives, system
+from genmodels import config, models, objectives, optim, step, system
 from genmodels.config import ConfigError
 from genmodels.contracts import Target
 from genmodels.sampling import at_step
@@ -96,6 +96,30 @@ def test_whole_documents_need_no_second_stream():
   assert np.abs(np.asarray(per_token(jnp.int32(0)) - want)).max() > 0.1  # control: blocks of one token
   slots = [jax.eval_shape(lambda o=o: o.prepare(row, KEY, at)[0]).ids.shape[1] for o in (two, one)]
   assert slots == [52, 26]
+
+
+def test_the_experts_bias_is_all_that_balances():
+  """`:moe`: the published shape, its biases moved at a rate and no term of the router; a model without biases, or
+  an optimiser that makes parameters of its own, is refused."""
+  full, tiny = (config.load(f"language/llada2:{v}") for v in ("moe", "moe_tiny"))
+  trunk = models.build({**config.plain(full.model)}).cfg
+  assert [s.repeats for s in trunk.segments] == [1, 19] and trunk.segments[1].pattern[0].mlp == "moe"
+  assert (trunk.moe.experts, trunk.moe.top_k, trunk.moe.mlp, trunk.moe.shared) == (256, 8, 512, 512)
+  assert (
+    trunk.moe.bias and trunk.moe.score == "sigmoid" and (trunk.moe.groups, trunk.moe.top_groups) == (8, 4)
+  )
+  for cfg, rate in ((full, 0.001), (tiny, 0.01)):
+    made = objectives.build(config.plain(cfg.objective), {"mask_id": MASK})
+    assert made.router.bias == rate and made.router.scales == {}
+  small = config.plain(tiny.model) | {"vocab": 264}
+  system._agree(made, models.build(small))
+  small["moe"] = small["moe"] | {"bias": False}
+  with pytest.raises(ConfigError, match="no expert of the model has a bias"):
+    system._agree(made, models.build(small))
+  parts = types.SimpleNamespace(model=models.build(config.plain(tiny.model) | {"vocab": 264}), objective=made)
+  free = config.build(optim.OptimConfig, {"name": "schedule_free", "schedule": {"kind": "constant"}}, "optim")
+  with pytest.raises(ConfigError, match="undo the experts' bias"):
+    step.program(parts, step.StepConfig(), free, 10, None)
 
 
 def test_a_measure_of_classes_needs_a_head_that_has_some():

@@ -70,10 +70,11 @@ def objective(**lambdas):
   )
 
 
-def setup(lambdas, accumulate, B=4):
-  """(step function, state, row) of a small model with experts."""
-  model, params = cases.build(moe=MOE, pattern=(dict(mlp="moe"),), vocab=40, layers=1)
-  tx = optax.GradientTransformationExtraArgs(lambda p: (), lambda g, s, p=None, *, step=None: (g, s))
+def setup(lambdas, accumulate, B=4, rate=1, **experts):
+  """(step function, state, row) of a small model with experts, whose parameters move by rate times the gradient."""
+  model, params = cases.build(moe={**MOE, **experts}, pattern=(dict(mlp="moe"),), vocab=40, layers=1)
+  scaled = lambda g: jax.tree.map(lambda x: rate * x, g)
+  tx = optax.GradientTransformationExtraArgs(lambda p: (), lambda g, s, p=None, *, step=None: (scaled(g), s))
   cfg = step.StepConfig(accumulate=accumulate, guard_window=0)
   fn = step.make_train_step(objective(**lambdas), functions({}, model), tx, cfg)
   state = states.create({"model": params}, {"model": tx}, step.initial_stats(cfg))
@@ -119,6 +120,43 @@ def test_the_balance_loss_balances():
   (before, load), (after, balanced) = f(start)
   assert float(load.max()) > 50 and float(before) > 3
   assert float(balanced.max()) < float(load.max()) and float(after) < 1.05
+
+
+def test_the_bias_moves_by_the_sign():
+  load = {"s0": {"l0": jnp.array([[3.0, 1, 2, 2], [0, 0, 0, 0]])}}
+  mlp = {"expert_bias": jnp.full((2, 4), 0.5), "router": {"kernel": jnp.ones((2, 3, 4))}}
+  params = {"stack": {"s0": {"l0": {"mlp": mlp, "norm": 7}, "l1": {"mlp": 1}}}, "heads": 3}
+  got = moe.balanced(params, load, 0.1)
+  np.testing.assert_allclose(
+    got["stack"]["s0"]["l0"]["mlp"]["expert_bias"], [[0.4, 0.6, 0.5, 0.5], [0.5] * 4], rtol=1e-6
+  )
+  assert (
+    got["heads"] == 3 and got["stack"]["s0"]["l1"] == {"mlp": 1} and got["stack"]["s0"]["l0"]["norm"] == 7
+  )
+  assert float(mlp["expert_bias"].sum()) == 4, "the parameters given are not changed"
+
+
+@pytest.mark.slow
+def test_the_bias_balances_without_a_loss():
+  """Nothing else learns here: the fullest expert's load falls towards the mean, and the weights of the mixture
+  are not those of the bias. Micro-batches count together; a rate of 0 moves nothing."""
+  experts, key = dict(bias=True, score="sigmoid", normalise=True), jax.random.key(0)
+  _, fn, state, row = setup(dict(bias=0.02), 1, rate=0, **experts)
+  _, halves, _, _ = setup(dict(bias=0.02), 2, rate=0, **experts)
+  bias = lambda s: np.asarray(s.trees["model"]["stack"]["s0"]["l0"]["mlp"]["expert_bias"])
+  first, m = fn(state, row, key)
+  np.testing.assert_array_equal(bias(halves(state, row, key)[0]), bias(first))
+  moved = bias(first) - bias(state)
+  assert np.isin(np.round(moved / 0.02, 3), (-1, 0, 1)).all() and (moved != 0).any()
+  history, s = [float(m["router/load_max"])], first
+  for _ in range(30):
+    s, m = fn(s, row, key)
+    history.append(float(m["router/load_max"]))
+  assert history[0] > 1.25 > 1.15 > min(history[-10:]), history
+  same = lambda a, b: all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+  keep = lambda t: {k: v for k, v in t.items() if k != "stack"}
+  assert same(keep(s.trees["model"]), keep(state.trees["model"]))
+  assert objective(bias=0.0).router.stats(None) == {}
 
 
 def test_a_run_that_forgets_the_terms_is_refused():

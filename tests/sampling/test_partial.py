@@ -50,6 +50,10 @@ class Any(partial.Partial):
   policies: tuple = ()
   index: object = 0
 
+  foresees = property(lambda self: self.policies[0].foresees)
+  keeps = property(lambda self: self.policies[0].keeps)
+  compares = property(lambda self: self.policies[0].compares)
+
   def recompute(self, look):
     return jnp.stack([p.recompute(look) for p in self.policies])[self.index]
 
@@ -58,9 +62,10 @@ POLICIES = [partial.REGISTRY[k](**FIELDS[k]) for k in TOGETHER]
 POLICIES += [dataclasses.replace(p, refresh=1) for p in POLICIES]
 
 
-def together(policies, objective=None, sub_block=4):
+def together(policies, objective=None, sub_block=4, **section):
   """index → (float32[STEPS, B] drift, last State) of one of the policies, on the row of unequal prompts."""
-  base, params, row, key = with_policy(Any(), objective, sub_block), S.params(), S.row(), jax.random.key(5)
+  base, row, key = with_policy(partial.Dual(), objective, sub_block, **section), S.row(), jax.random.key(5)
+  params = S.params()
   prefill = base.prefill_width(row)
 
   def run(index):
@@ -119,6 +124,53 @@ def test_what_is_read_is_not_computed():
 
 
 @pytest.mark.slow
+def test_what_will_be_committed_is_computed():
+  """dKV-Cache-Greedy (T18): refresh=1 gives what no cache gives, token by token; else the drift is a number, and
+  a step computes the token that it commits, the last one and the window: their number knows no row length."""
+  greedy = functools.partial(partial.Greedy, window=2)
+  run = together(
+    [greedy(), greedy(refresh=1), greedy(refresh=0)], sub_block=0, quota={"kind": "linear", "steps": S.N},
+    score="random",
+  )  # fmt: skip
+  (off, s), (exact, fresh), (_, never) = run(0), run(1), run(2)
+  assert np.asarray(s.done).all() and np.asarray(fresh.done).all() and np.asarray(never.done).all()
+  assert (
+    np.asarray(exact).max() < 1e-5 and np.asarray(off)[::2].max() < 1e-5 < 1e-3 < np.asarray(off).max() < 20
+  )
+  for state in (s, never):  # the order is that of the keys, whatever is computed
+    np.testing.assert_array_equal(state.committed_at, fresh.committed_at)
+  steps = (np.asarray(never.committed_at) >= 0).sum(1)
+  assert (np.asarray(never.memory["cache"]["used"]) <= S.N + (steps - 1) * (2 + 2)).all()
+
+
+@pytest.mark.slow
+def test_what_moved_most_is_computed():
+  """dLLM-Cache (T18): everything in every step is exact; else the drift is a number, predictions stand, and the
+  values that a step replaces are compared."""
+  similar = functools.partial(partial.ValueSimilarity, prompt=5, refresh=4)
+  run = together([similar(), similar(refresh=1, prompt=1)])
+  (off, s), (exact, fresh) = run(0), run(1)
+  assert np.asarray(s.done).all() and np.asarray(fresh.done).all()
+  assert (
+    np.asarray(exact).max() < 1e-5 and np.asarray(off)[0].max() < 1e-5 < 1e-3 < np.asarray(off).max() < 20
+  )
+  assert (np.asarray(s.memory["cache"]["used"]) < np.asarray(fresh.memory["cache"]["used"])).all()
+  moved = np.asarray(s.memory["cache"]["similar"])
+  assert moved.min() > -1.001 and moved.max() < 1.001 and (moved < 0.99).any()
+
+
+def test_what_is_not_foreseen_is_refused():
+  greedy = {"cache": "delayed_greedy", "quota": LINEAR}
+  for section, match in (
+    ({"score": "prob"}, "only where the order is random"),
+    ({"score": {"kind": "random", "eos": 0.5}}, "EOS"),
+    ({"score": "random", "stop": "gap"}, "by the predictions"),
+  ):
+    with pytest.raises(ConfigError, match=match):
+      S.sampler(S.mdm(), **greedy, **section)
+
+
+@pytest.mark.slow
 def test_a_sub_block_cache_inside_an_exact_block_cache():
   """Fast-dLLM v2: the first visit of a sub-block computes the whole block, later ones the sub-block alone. The
   blocks behind the front stay exact: where the whole block is computed, and in the passes that store one, there
@@ -161,11 +213,13 @@ def look(later=0, **kw):
     "since": jnp.where(committed_at < 0, partial.LONG_AGO, 6 + later - committed_at),
     "sure": jnp.where(open_, jnp.array([[0, 0, 0, 0, 0, 3.0, 1, -jnp.inf, -jnp.inf, -jnp.inf]]), jnp.inf),
     "lo": jnp.array([4]), "hi": jnp.array([7]), "before": jnp.array([4]), "first": jnp.array([False]),
-    "fresh": jnp.array([False]), "k": jnp.array([2]), "step": jnp.int32(6), "bound": 3,
+    "fresh": jnp.array([False]), "k": jnp.array([2]), "step": jnp.int32(6), "bound": 3, "chosen": at == 6, "given": at < 2,
+    "similar": jnp.array([[0, 0, 0.9, 0.2, 0.1, 0.8, 0.7, 0.6, 1, 1]]),
   }  # fmt: skip
   return partial.Look(**values | kw)
 
 
+SIMILAR = partial.ValueSimilarity(refresh=4, ratio=0.25)
 HALF = partial.LogitSelective(ratio=0.5, warm=0.0)
 EVERY, NEW = list(range(10)), {"fresh": jnp.array([True])}
 COMPUTED = [
@@ -180,6 +234,18 @@ COMPUTED = [
   (partial.Delayed(refresh=0), {"later": 1}, [5, 6, 7, 8, 9]),
   (partial.Delayed(refresh=3), {}, EVERY),
   (partial.Delayed(refresh=4), {}, [4, 5, 6, 7, 8, 9]),
+  # dKV-Cache-Greedy: slot 6 is committed now, 4 was in the last step; the open ones are 5 … 9.
+  (partial.Greedy(refresh=0, window=0), {}, [4, 6]),
+  (partial.Greedy(refresh=0, window=3), {}, [4, 5, 6, 7]),
+  (partial.Greedy(refresh=0, window=4), {}, [4, 5, 6, 7, 8]),
+  (partial.Greedy(), {}, EVERY),  # the window's third step
+  # dLLM-Cache: 4 was committed in the last step; a quarter of the answer's eight are the two that moved most.
+  (SIMILAR, {}, [3, 4, 7]),
+  (dataclasses.replace(SIMILAR, ratio=0.0), {}, [4]),
+  (SIMILAR, NEW, [3, 4, 5, 6, 7]),
+  (dataclasses.replace(SIMILAR, refresh=3), {}, list(range(2, 10))),
+  (dataclasses.replace(SIMILAR, prompt=3, ratio=0.0), {}, [0, 1, 4]),
+  (SIMILAR, {"first": jnp.array([True])}, EVERY),
   # Half of ten are read: the given two, those committed earlier (2, 3), then the surest open one (5).
   (HALF, {}, [4, 6, 7, 8, 9]),
   (dataclasses.replace(HALF, ratio=0.0), {}, EVERY),
@@ -199,6 +265,7 @@ def test_static_widths():
   assert partial.Dual().ladder(1024, 33) == (33, 1024)
   assert partial.Vicinity().ladder(1024, 32) == (64, 1024)
   assert partial.Delayed(widths=1).ladder(1024, 32) == (1024,)
+  assert partial.Greedy().ladder(1024, 1024) == (6, 79, 1024)
 
 
 # -- which are exact --------------------------------------------------------------------------------------

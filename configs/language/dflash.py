@@ -1,6 +1,7 @@
 """DFlash: a few layers beside a frozen AR model draft a block of tokens at once, by diffusion in one step.
 
   genmodels train --config configs/language/dflash.py:tiny --workdir runs/dflash
+  genmodels sample --workdir runs/dflash --prompt "def " sampler.draft=block
 
 A block is a clean anchor, the newest token, and 15 masks. Its queries see the anchor and the masks in both
 directions and, as keys of every layer, the hidden states that five layers of the model have of the text
@@ -26,6 +27,8 @@ def get_config(variant: str = ""):
       "tests/objectives/test_block_draft.py::test_blocks_of_one_row_equal_separate_forwards",
       "tests/objectives/test_block_draft.py::test_a_block_sees_its_context_and_itself",
       "tests/objectives/test_block_draft.py::test_weights_fall_behind_the_anchor",
+      "tests/sampling/test_block_draft.py::test_any_drafter_keeps_the_greedy_ids",
+      "tests/sampling/test_block_draft.py::test_sampled_drafts_keep_the_law",
     ),
     model=sections.qwen3(4096, 36, 32, 8, 12288, remat={"preset": "full"})
     | {"heads": {"text": {}, "drafter": {"kind": "block", "depth": 5, "taps": (1, 9, 17, 25, 33)}}},

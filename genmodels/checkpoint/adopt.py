@@ -83,9 +83,10 @@ def adopt(cfg: ml_collections.ConfigDict, path: str, workdir: str) -> Adopted:
     objective.masks = ml_collections.ConfigDict(hf_config.masks(rule, window))
     notes.append(f"local layers see {objective.masks[hf_config.LOCAL]}")
   cfg.model = ml_collections.ConfigDict(model)
-  padded = models.build({**model, "heads": theirs["heads"]}).cfg.vocab_padded
+  padded = models.build({**model, "heads": theirs["heads"], "prefix": 0}).cfg.vocab_padded
   fresh = [rf"heads/{name}/(?!out/).*" for name in added]
   fresh += [r".*/lora_[ab]"] if model.get("lora") else []
+  fresh += [r"prefix/.*"] if model.get("prefix") else []
   init |= {"scratch": tuple(fresh)} if fresh else {}
   own = [name for name, head in added.items() if head["kind"] == "draft" and not head.get("shared")]
   if own:

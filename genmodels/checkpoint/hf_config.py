@@ -57,7 +57,7 @@ LOCAL = "local"  # mask pattern of sliding-window layers
 # Fields of a TrunkConfig that a checkpoint does not decide: how it is trained and run.
 RUN_FIELDS = (
   "dtype", "param_dtype", "remat", "attention", "lora", "dropout", "init_std", "init_out_scale",
-  "vocab_multiple", "expert_matmul",
+  "vocab_multiple", "expert_matmul", "prefix",
 )  # fmt: skip
 
 

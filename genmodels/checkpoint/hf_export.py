@@ -211,8 +211,8 @@ def _without_drafts(cfg: TrunkConfig, names: list[str]):
   ones."""
   joint = tuple(name for name, head in cfg.heads if head.kind == "joint")
   gone = [name for name, head in cfg.heads if head.added]
-  cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone))
-  kept = [n for n in names if not n.startswith(tuple(f"heads/{name}/" for name in gone))]
+  cfg = dataclasses.replace(cfg, heads=tuple((n, h) for n, h in cfg.heads if n not in gone), prefix=0)
+  kept = [n for n in names if not n.startswith(("prefix/", *(f"heads/{name}/" for name in gone)))]
   drafts = [name for name in gone if name not in joint]
   notes = (f"draft heads stay in the run: {', '.join(drafts)}",) if drafts and len(kept) < len(names) else ()
   notes += (f"{DECODER} holds {', '.join(joint)}, over the states of two networks",) if joint else ()

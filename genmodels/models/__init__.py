@@ -30,6 +30,7 @@ from genmodels.models.config import (
   layer_path,
 )
 from genmodels.models.debugging import debug
+from genmodels.models.drafts import drafting_cache
 from genmodels.models.model import Model, build, count
 from genmodels.models.nets import NETS
 
@@ -53,6 +54,7 @@ __all__ = [
   "count",
   "crop_cache",
   "debug",
+  "drafting_cache",
   "fork_cache",
   "head_paths",
   "init_cache",

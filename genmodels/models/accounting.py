@@ -10,7 +10,8 @@ from genmodels.models.config import TrunkConfig
 def attention_sizes(cfg: TrunkConfig) -> dict[str, int]:
   """{mask pattern: Σ over the layers that attend under it of heads · head_dim}."""
   sizes = {p: 0 for p in cfg.patterns}
-  for segment in cfg.segments + (cfg.anchored.segments if cfg.anchor else ()):
+  extra = (cfg.anchored.segments if cfg.anchor else ()) + (cfg.prefixed.segments if cfg.prefix else ())
+  for segment in cfg.segments + extra:
     for spec in segment.pattern:
       sizes[spec.mask] += segment.repeats * cfg.num_heads * cfg.head_dim
   return sizes

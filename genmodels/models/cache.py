@@ -28,7 +28,8 @@ class Cache:
   Fields:
     code: {pattern: int32[B, Lc]}, CODE_HIDDEN where empty.
     length: int32[B], entries in use.
-    layers: {"s<segment>": {"l<position>": {"k", "v": [R, B, Lc, G, K]}}}, keys already rotated.
+    layers: {"s<segment>": {"l<position>": {"k", "v": [R, B, Lc, G, K]}}}, keys already rotated; those of
+      `cfg.prefix` under "prefix".
   """
 
   code: dict[str, Array]
@@ -43,14 +44,22 @@ class Cache:
 def init_cache(cfg: TrunkConfig, batch: int, capacity: int, dtype=None) -> Cache:
   """An empty cache; `dtype` is the compute dtype by default."""
   dtype = jnp.dtype(cfg.dtype if dtype is None else dtype)
+  layers = _layers(cfg, batch, capacity, dtype)
+  if cfg.prefix:
+    layers["prefix"] = _layers(cfg.prefixed, batch, capacity, dtype)
+  code = {p: jnp.full((batch, capacity), CODE_HIDDEN, jnp.int32) for p in cfg.patterns}
+  return Cache(code, jnp.zeros((batch,), jnp.int32), layers)
+
+
+def _layers(cfg: TrunkConfig, batch: int, capacity: int, dtype) -> dict:
+  """Zeros for every layer, as `Cache.layers`."""
   layers = {}
   for i, s in enumerate(cfg.segments):
     shape = (s.repeats, batch, capacity, cfg.num_kv_heads, cfg.head_dim)
     layers[f"s{i}"] = {
       f"l{j}": {name: jnp.zeros(shape, dtype) for name in ("k", "v")} for j in range(len(s.pattern))
     }
-  code = {p: jnp.full((batch, capacity), CODE_HIDDEN, jnp.int32) for p in cfg.patterns}
-  return Cache(code, jnp.zeros((batch,), jnp.int32), layers)
+  return layers
 
 
 def write_cache(cache: Cache, new, keep: Array, at: Array | None = None) -> Cache:

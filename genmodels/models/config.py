@@ -318,6 +318,9 @@ class TrunkConfig:
     lora: adapters or None.
     anchor: layers of a network before this one on the same embeddings, whose head "anchor" predicts tokens; a
       matrix, 0 at first, of the mean embedding under its prediction is added to this one's input (ADLM).
+    prefix: layers behind the trunk whose output draft heads read in place of the trunk's (Hydra++).
+    watch: layers whose outputs a call with a cache returns (`Outputs.layers["taps"]`) besides those that
+      heads read.
   """
 
   width: int
@@ -366,6 +369,8 @@ class TrunkConfig:
   context: Literal["gather", "ring"] = "gather"
   lora: Lora | None = None
   anchor: int = 0
+  watch: tuple[int, ...] = ()
+  prefix: int = 0
 
   def __post_init__(self):
     put = lambda name, value: object.__setattr__(self, name, value)
@@ -422,6 +427,12 @@ class TrunkConfig:
       size = head.size or self.vocab
       if any(not 0 <= i < size for i in head.forbid):
         raise ValueError(f"head {name!r}: forbid={head.forbid} is outside of 0..{size - 1}")
+    if self.prefix < 0 or self.prefix and not any(head.kind == "draft" for _, head in self.heads):
+      raise ValueError(f"prefix={self.prefix}: layers, for draft heads to read")
+    if self.prefix and (self.adaln != "none" or self.anchor):
+      raise ValueError(f"prefix={self.prefix}: for unconditioned models of one network")
+    if any(not 0 <= i < self.layers for i in self.watch):
+      raise ValueError(f"watch={self.watch} is outside of the {self.layers} layers")
     if self.attention_tiles is not None and (
       len(self.attention_tiles) != 2
       or min(self.attention_tiles) < 8
@@ -461,6 +472,15 @@ class TrunkConfig:
     )
 
   @property
+  def prefixed(self) -> TrunkConfig:
+    """The configuration of the layers behind the trunk: those of the first segment's kind, dense."""
+    kind = tuple(dataclasses.replace(spec, mlp="dense") for spec in self.segments[0].pattern)
+    layers = segments(self.prefix, kind)
+    return dataclasses.replace(
+      self, segments=layers, heads=(("text", Head()),), lora=None, moe=None, watch=(), prefix=0
+    )
+
+  @property
   def channels(self) -> tuple[str, ...]:
     """Names of the tables that the channels of `Inputs.ids` index, in order."""
     return (("tokens",) if self.vocab else ()) + tuple(name for name, _ in self.tables)
@@ -476,8 +496,8 @@ class TrunkConfig:
 
   @property
   def taps(self) -> tuple[int, ...]:
-    """Layers whose outputs heads read, ascending."""
-    return tuple(sorted({i for _, head in self.heads for i in head.taps}))
+    """Layers whose outputs heads read, or `watch` names, ascending."""
+    return tuple(sorted({i for _, head in self.heads for i in head.taps} | set(self.watch)))
 
   @property
   def patterns(self) -> tuple[str, ...]:

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from genmodels.contracts import pytree
+from genmodels.masks import AttnMask
 from genmodels.models import attend, rope
+from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import Head, LayerSpec, Segment, TrunkConfig
 from genmodels.models.layers import Linear, Norm, rope_key, trunk_norm
 
@@ -56,35 +58,28 @@ class BlockDrafter(nn.Module):
   """Hidden states [B, N, D] of blocks that are drafted in one call.
 
   The tapped states are joined by one matrix and a norm; every layer makes keys and values of them (of the
-  same
-  vectors: they do not pass through the layers) beside those of its own slots. Embeddings and output weight
-  are the trunk's.
+  same vectors: they do not pass through the layers) beside those of its own slots. Embeddings and output
+  weight are the trunk's. What passes through no layer never changes: keys and values of earlier text may come
+  from a cache.
   """
 
   cfg: TrunkConfig
   head: Head
 
   @nn.compact
-  def __call__(self, taps: Array, pos: Array, given: Any, tables):
-    """States of the drafter's slots.
+  def __call__(self, taps: Array, pos: Array, given: Any, tables, cache: Cache | None = None):
+    """States of the drafter's slots; with a cache also {"code", "layers"} of all S + N keys of this call.
 
     Args:
       taps: [len(cfg.taps), B, S, D]; pos: float32[B, S, A] of the trunk's slots. given: {"ids": int32[B, N],
-      "pos": float32[B, N, A], "mask": AttnMask of N queries over S + N keys, those of
-        the trunk's slots first}.
+        "pos": float32[B, N, A], "mask": AttnMask of N queries over S + N keys, those of the trunk's slots
+        first}.
+      cache: of `drafting_cache`, keys and values of text that is not in this call.
     """
     from genmodels.models.trunk import Stack  # here: it is made of these heads
 
     cfg, head, D = self.cfg, self.head, self.cfg.width
-    own = dataclasses.replace(
-      cfg,
-      segments=(Segment((LayerSpec(),), head.depth),),
-      heads=(),
-      lora=None,
-      moe=None,
-      adaln="none",
-      cond=(),
-    )
+    own = block_config(cfg, head)
     taps = jnp.stack([taps[cfg.taps.index(i)] for i in head.taps])
     shape = len(head.taps), D, D
     memory = Linear(cfg, "tbsd,tde->bse", shape, (None, "embed", "mlp"), name="join")(taps)
@@ -94,11 +89,46 @@ class BlockDrafter(nn.Module):
     at = lambda p: rope.angles(cfg.rope, cfg.rope_axes, p, cfg.rope.base, cfg.rope.scaling)
     key = rope_key(own, LayerSpec())
     ctx = {"rope": {key: at(given["pos"])}, "key_rope": {key: at(where)}, "memory": memory}
-    if not self.is_initializing():
+    mask = given["mask"]
+    if cache is not None:
+      heads = cfg.num_heads, cfg.num_kv_heads, cfg.attention_safe
+      past = AttnMask(cache.code["full"], mask.lo, mask.hi)
+      of = lambda m: attend.plans({"full": m}, len(x), cfg.attention, decode=heads)
+      ctx["plans"], ctx["cache_plans"] = of(mask), of(past)
+    elif not self.is_initializing():
       tiles = cfg.attention_tiles
-      ctx["plans"] = attend.plans({"full": given["mask"]}, len(x), cfg.attention, tiles=tiles)
-    (x, _), _, _ = Stack(own, name="stack")((x.astype(memory.dtype), None), None, ctx)
-    return trunk_norm(own, "final_norm")(x)
+      ctx["plans"] = attend.plans({"full": mask}, len(x), cfg.attention, tiles=tiles)
+    layers = None if cache is None else cache.layers
+    (x, _), new, _ = Stack(own, name="stack")((x.astype(memory.dtype), None), layers, ctx)
+    x = trunk_norm(own, "final_norm")(x)
+    return x if cache is None else (x, {"code": {"full": mask.code}, "layers": new})
+
+
+def block_config(cfg: TrunkConfig, head: Head) -> TrunkConfig:
+  """The layers of a block head, as a trunk of their own."""
+  layers = (Segment((LayerSpec(),), head.depth),)
+  return dataclasses.replace(cfg, segments=layers, heads=(), lora=None, moe=None, adaln="none", cond=())
+
+
+def reading(cfg: TrunkConfig, head: Head) -> Head:
+  """How a block head's states are read: by the head that it is like."""
+  return dataclasses.replace(cfg.head(head.like), forbid=head.forbid, chunk=head.chunk)
+
+
+def drafting_cache(cfg: TrunkConfig, name: str, batch: int, capacity: int) -> Cache:
+  """An empty cache of the block head `name`, for keys and values of tapped states."""
+  return init_cache(block_config(cfg, cfg.head(name)), batch, capacity)
+
+
+def draft_block(cfg: TrunkConfig, params, name: str, taps: Array, pos: Array, given: Any, cache: Cache):
+  """Hidden states [B, N, D] of one block a row, and keys and values for `write_cache`.
+
+  Args:
+    params: of the whole model. name: of the block head; the others as of BlockDrafter.
+  """
+  tables = {"tokens": params["embed"]["tokens"]["embedding"]}
+  module = BlockDrafter(cfg, cfg.head(name))
+  return module.apply({"params": params["heads"][name]}, taps, pos, given, tables, cache)
 
 
 def empty_block() -> dict:

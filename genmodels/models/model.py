@@ -17,6 +17,7 @@ from genmodels.masks import AttnMask
 from genmodels.models import attend, drafts, lora, rope
 from genmodels.models.cache import Cache, init_cache
 from genmodels.models.config import TrunkConfig, from_section
+from genmodels.models.layers import trunk_norm
 from genmodels.models.trunk import Heads, Trunk, plans
 
 
@@ -70,6 +71,7 @@ class Model:
     *,
     cache: Cache | None = None,
     key: jax.Array | None = None,
+    depth: jax.Array | None = None,
   ) -> Outputs:
     """One pass.
 
@@ -79,17 +81,25 @@ class Model:
       targets: {term: Target}, each read by the head it names.
       cache: committed slots, visible to this call's slots through their codes.
       key: for dropout; None turns it off.
+      depth: int32 scalar, may be data: only the first `depth` layers are run, and the heads read their output
+        (early exit). Nothing for `write_cache` comes back then.
 
     Returns:
       Outputs with a Dist for each target; `new` (with a cache) for `write_cache`; `work`
       {"slots": int32, "pairs": {pattern: int32[B, S]}} and, with `attention_capacity`, "overflow" {pattern:
-      int32, tile lists that were too short: NaN}; `layers` {"hidden": [B, S, D]}.
+      int32, tile lists that were too short: NaN}; `layers` {"hidden": [B, S, D]}, with
+      `cfg.prefix` also "prefix", the states that draft heads read.
 
     Raises:
       ValueError: inputs that do not fit the configuration, by name and shape.
     """
     rngs = {} if key is None else {"dropout": key}
-    return Trunk(self.cfg).apply({"params": params}, inputs, targets, cache, rngs=rngs)
+    return Trunk(self.cfg).apply({"params": params}, inputs, targets, cache, depth, rngs=rngs)
+
+  def normed(self, params: Any, states: jax.Array) -> jax.Array:
+    """The final norm of any layer's output [..., D]: what a head reads at an early exit."""
+    own = {"params": params["final_norm"]} if "final_norm" in params else {}
+    return trunk_norm(self.cfg, None).apply(own, states)
 
   def read(self, params: Any, head: str, hidden: jax.Array, valid: jax.Array, ids: jax.Array | None = None):
     """The Dist of a categorical or draft head over hidden states that a call returned, without another pass.
@@ -104,6 +114,21 @@ class Model:
     target = Target(head, slot, jnp.zeros((B, M), jnp.int32), valid.astype(jnp.float32), given)
     tables = {"tokens": params["embed"]["tokens"]["embedding"]} if self.cfg.vocab else {}
     return Heads(self.cfg).apply({"params": params["heads"]}, hidden, tables, {"x": target})["x"]
+
+  def draft(self, params: Any, head: str, taps: jax.Array, pos: jax.Array, given: Any, cache: Cache):
+    """A block head's draft from tapped states that a call returned (`Outputs.layers["taps"]`).
+
+    Args:
+      taps: [T, B, S, D], of text that `cache` does not hold; pos: float32[B, S, A].
+      given: as of drafts.BlockDrafter; a slot with id −1 is empty.
+      cache: of `drafts.drafting_cache`.
+
+    Returns:
+      A Dist at the N slots of the block, and keys and values for `write_cache`: S tapped slots, then N.
+    """
+    hidden, new = drafts.draft_block(self.cfg, params, head, taps, pos, given, cache)
+    like = self.read(params, self.cfg.head(head).like, hidden, given["ids"] >= 0)
+    return like.replace(head=drafts.reading(self.cfg, self.cfg.head(head))), new
 
   def _boxed(self, key):
     return Trunk(self.cfg).init({"params": key}, self._dummy(), {})["params"]

@@ -117,6 +117,8 @@ class Pattern(nn.Module):
   @nn.compact
   def __call__(self, x, cache, ctx):
     new, stats, (x, tapped) = {}, {}, x
+    if "depth" in ctx:
+      return self.shallow(x, tapped, cache, ctx)
     for i, spec in enumerate(self.specs):
       on, keep = policy(self.cfg.remat, spec.remat or self.cfg.remat.preset)
       layer = nn.remat(Layer, policy=keep, prevent_cse=False) if on else Layer
@@ -125,6 +127,16 @@ class Pattern(nn.Module):
       )
       tapped = tap(self.cfg, tapped, x)
     return (x, tapped), (None if cache is None else new, stats)
+
+  def shallow(self, x, passed, cache, ctx):
+    """As the call, but layers from number `ctx["depth"]` on pass x on and are not run; `passed` counts them.
+    New keys and values are not returned: the layers behind have none."""
+    for i, spec in enumerate(self.specs):
+      run = lambda layer, x, i=i: layer(x, cache and cache[f"l{i}"], ctx)[0]
+      layer = Layer(self.cfg, spec, name=f"l{i}")
+      x = nn.cond(passed < ctx["depth"], run, lambda layer, x: x, layer, x)
+      passed = passed + 1
+    return (x, passed), (None, None)
 
 
 def tap(cfg: TrunkConfig, tapped, x):
@@ -169,7 +181,9 @@ class Heads(nn.Module):
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, hidden, tables, targets: dict[str, Target], taps=None, pos=None, anchor=None):
+  def __call__(
+    self, hidden, tables, targets: dict[str, Target], taps=None, pos=None, anchor=None, prefix=None
+  ):
     cfg = self.cfg
     made = {}
     for name, head in cfg.heads:
@@ -210,13 +224,14 @@ class Heads(nn.Module):
       head = cfg.head(target.head)
       states = made[target.head](taps, pos, target.given, tables) if head.kind == "block" else hidden
       states = anchor if target.head == "anchor" and anchor is not None else states
+      states = prefix if head.kind == "draft" and prefix is not None else states
       h, valid = heads.read(states, target)
       if head.kind == "flow":
         dists[term] = heads.Flow(h, made[target.head], valid, target.given, head, cfg)
       elif head.kind == "latent":
         dists[term] = drafts.Latent(h, heads.at(hidden, target.given["slot"]), valid)
       elif head.kind == "block":
-        read = dataclasses.replace(cfg.head(head.like), forbid=head.forbid, chunk=head.chunk)
+        read = drafts.reading(cfg, head)
         dists[term] = heads.Categorical(h, made[head.like][0], None, valid, read, cfg.vocab)
       elif head.kind == "draft":
         fed = drafts.embedded(cfg, tables["tokens"], target.given, head.given, h)
@@ -244,13 +259,20 @@ def plans(cfg: TrunkConfig, inputs: Inputs) -> dict:
   return attend.plans(masks, inputs.doc.shape[0], cfg.attention, cfg.context, **options)
 
 
+def drafted(cfg: TrunkConfig, targets: dict[str, Target]) -> bool:
+  """A draft head is asked."""
+  return any(cfg.head(t.head).kind == "draft" for t in targets.values())
+
+
 class Trunk(nn.Module):
   """Inputs → Outputs; see `Model.apply`."""
 
   cfg: TrunkConfig
 
   @nn.compact
-  def __call__(self, inputs: Inputs, targets: dict[str, Target], cache: Cache | None = None) -> Outputs:
+  def __call__(
+    self, inputs: Inputs, targets: dict[str, Target], cache: Cache | None = None, depth=None
+  ) -> Outputs:
     cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
     B, S = inputs.doc.shape
     tables = Tables(cfg, name="embed")()
@@ -261,7 +283,9 @@ class Trunk(nn.Module):
     if cfg.anchor:
       x, anchor = self._anchor(inputs, x, tables, ctx, out, cache)
     tapped = None
-    if (
+    if depth is not None:
+      ctx, tapped = ctx | {"depth": depth}, jnp.int32(0)
+    elif (
       self.is_initializing()
       or cache is not None
       or any(cfg.head(t.head).kind == "block" for t in targets.values())
@@ -269,21 +293,29 @@ class Trunk(nn.Module):
       tapped = (jnp.int32(0), jnp.zeros((len(cfg.taps), *x.shape), dtype)) if cfg.taps else None
     x, new, stats = Stack(cfg, name="stack")((x, tapped), None if cache is None else cache.layers, ctx)
     x, tapped = x
-    taps = None if tapped is None else tapped[1]
-    x = trunk_norm(cfg, "final_norm")(x)
+    taps = None if tapped is None or depth is not None else tapped[1]
+    norm, prefix = trunk_norm(cfg, "final_norm"), None
+    if (
+      cfg.prefix and depth is None and (self.is_initializing() or cache is not None or drafted(cfg, targets))
+    ):
+      past = None if cache is None else cache.layers["prefix"]
+      (y, _), later, _ = Stack(cfg.prefixed, name="prefix")((x, None), past, ctx)
+      prefix, new = norm(y), None if cache is None else new | {"prefix": later}
+    x = norm(x)
     if cfg.adaln == "zero":
       shape, axes = (cfg.cond_width, 2, cfg.width), ("cond", None, "embed")
       mod = Linear(cfg, "bec,cnd->bend", shape, axes, True, 0.0, name="final_mod")(ctx["cond"])
       scale, shift = modulation(mod, ctx["cond_index"], (0, 0))
       x = x * (1 + scale) + shift
-    dists = out(x, tables, targets, taps, inputs.pos, anchor)
+    dists = out(x, tables, targets, taps, inputs.pos, anchor, prefix)
     if cache is not None:
       code = {p: jnp.broadcast_to(inputs.masks[p].code, (B, S)) for p in cfg.patterns}
-      new = {"code": code, "layers": new}
+      new = None if depth is not None else {"code": code, "layers": new}
     layers = {"hidden": x}
-    if cfg.moe is not None:
+    if cfg.moe is not None and depth is None:
       layers |= {"router": per_layer(stats, cfg), "loads": loads(stats)}
     layers |= {} if taps is None else {"taps": taps}
+    layers |= {} if prefix is None else {"prefix": prefix}
     return Outputs(dists, new, work, layers)
 
   def _anchor(self, inputs: Inputs, x, tables, ctx, out, cache):

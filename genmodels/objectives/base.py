@@ -519,7 +519,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.anchor import Anchored  # here: they import this module
   from genmodels.objectives.consistency import Consistency
   from genmodels.objectives.distill import BlockDistill
-  from genmodels.objectives.drafts import BlockDraft, MultiToken
+  from genmodels.objectives.drafts import BlockDraft, MultiToken, Taught
   from genmodels.objectives.energy import EnergyNCE
   from genmodels.objectives.esoteric import Esoteric
   from genmodels.objectives.flow import TextImageFlow
@@ -535,6 +535,7 @@ def registry() -> dict[str, type]:
     "block_distill": BlockDistill,
     "multi_token": MultiToken,
     "block_draft": BlockDraft,
+    "taught": Taught,
     "block_policy": BlockPolicy,
     "anchored": Anchored,
     "consistency": Consistency,

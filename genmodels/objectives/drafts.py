@@ -68,6 +68,22 @@ class MultiToken(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
+class Taught(Objective):
+  """The composed objective; heads that draft ahead learn the model's own distribution of their token, not the
+  text's (Hydra++, Ankner et al. 2402.05109 §4): −Σ_v q(v) ln p(v), q of the likelihood's term, no gradient.
+  """
+
+  def measured(self, outputs, targets):
+    own = self.likelihood
+    learn = {n for n in targets if self.terms[n].ahead and own in targets}
+    values = super().measured(outputs, {n: t for n, t in targets.items() if n not in learn})
+    for name in learn:
+      teacher = jax.lax.stop_gradient(outputs.dists[own])  # of the same token: both are asked token by token
+      values[name] = outputs.dists[name].cross_entropy(teacher)
+    return {name: values[name] for name in targets}
+
+
+@dataclasses.dataclass(frozen=True)
 class BlockDraft(Objective):
   """The composed objective of two streams: the trunk gets the clean one, a block head the noisy one.
 

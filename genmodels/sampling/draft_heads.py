@@ -9,11 +9,12 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from genmodels.config import ConfigError
 from genmodels.contracts import CLEAN, Array, Row
-from genmodels.sampling import draw
+from genmodels.sampling import draw, trees
 from genmodels.sampling.drafter import Context, Draft, Drafter, Seen
 from genmodels.sampling.drafters import ahead_of, drawn
 
@@ -73,14 +74,24 @@ class Heads(Drawing):
   """Head k drafts the k-th token behind the newest one, from the state that predicted the newest one.
 
   Medusa's heads know that state alone (Cai et al. 2401.10774), Hydra's also the tokens drafted before theirs
-  (Ankner et al. 2402.05109). One chain; trees of several candidates a head are not built.
+  (Ankner et al. 2402.05109). One chain, or a tree of the likeliest candidates of each head.
 
   Fields:
-    size: heads that are used; −1: all.
+    size: heads that are used; −1: all, or as many as `paths` are long.
+    paths: nodes of a tree by ranks: (0, 2) is the second head's third choice behind the first one's first.
     terms: of the heads, in their order; filled in by `bind`.
   """
 
+  paths: tuple[tuple[int, ...], ...] = ()
   terms: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.paths:
+      trees.Tree.of_ranks(self.paths)
+
+  @property
+  def tree(self) -> trees.Tree | None:
+    return trees.Tree.of_ranks(self.paths)[0] if self.paths else None
 
   def bind(self, sampler):
     objective, heads = sampler.objective, dict(sampler.model.cfg.heads)
@@ -96,20 +107,62 @@ class Heads(Drawing):
         fix="a model of language/medusa or language/hydra",
       )  # fmt: skip
     size = most if self.size < 0 else self.size
+    if self.paths:
+      size = int(self.tree.depth.max())
     if not 1 <= size <= most:
       raise ConfigError(
         f"the model has {most} heads in a row", key="sampler.draft.size", value=size, fix=f"size={most}"
+      )
+    if self.paths and self.sample:
+      raise ConfigError(
+        "a tree holds the likeliest candidates", key="sampler.draft.sample", value=True, fix="sample=False"
       )
     return self.bound(sampler, size=size, terms=tuple(found[k] for k in range(1, size + 1)))
 
   def draft(self, params, own, context: Context, state):
     fed = max(1, *(self.target.objective.terms[name].given for name in self.terms))
     before = ahead_of(context.row.tokens, jnp.maximum(context.length - fed, 0), fed)
+    if self.paths:
+      return Draft(self.grown(params, context, before)), state
     states = [context.hidden] * self.size
     tokens, logits = self.chain(
       params, states, list(self.terms), before, context.keys, context.length, ~context.first
     )
     return Draft(tokens, logits if self.sample else None), state
+
+  def grown(self, params, context: Context, before: Array) -> Array:
+    """int32[B, M−1], the tokens of the tree: head k proposes behind every node of depth k − 1."""
+    tree, ranks = trees.Tree.of_ranks(self.paths)
+    tokens: dict[int, Array] = {}
+
+    def text(node: int) -> Array:
+      """The last tokens up to a node, as many as `before` has."""
+      path = []
+      while node:
+        path, node = [tokens[node], *path], tree.parents[node - 1]
+      return jnp.concatenate([before, *(t[:, None] for t in path)], 1)[:, len(path) :]
+
+    for k, name in enumerate(self.terms, 1):
+      term = self.target.objective.terms[name]
+      nodes = [n for n in range(1, tree.nodes) if tree.depth[n] == k]
+      parents = sorted({tree.parents[n - 1] for n in nodes}) if term.given else [0]
+      ids = None
+      if term.given:
+        ids = jnp.stack([text(p)[:, before.shape[1] - term.given :] for p in parents], 1)
+      state = jnp.repeat(context.hidden[:, None], len(parents), 1)
+      there = jnp.repeat(~context.first[:, None], len(parents), 1)
+      most = max(ranks[n - 1] for n in nodes) + 1
+      top = functools.partial(likeliest, self.target.choice, most)
+      found = self.target.model.read(params, term.head, state, there, ids).map(top)
+      for n in nodes:
+        at = parents.index(tree.parents[n - 1]) if term.given else 0
+        tokens[n] = found[:, at, ranks[n - 1]]
+    return jnp.stack([tokens[n] for n in range(1, tree.nodes)], 1)
+
+
+def likeliest(choice: draw.Choice, count: int, logits: Array) -> Array:
+  """int32[c, count], tokens of logits [c, V], the likeliest first."""
+  return jax.lax.top_k(choice.logits(logits), count)[1].astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from genmodels.config import ConfigError
-from genmodels.contracts import Array, Row, Target
+from genmodels.contracts import Array, Row, Target, pytree
 from genmodels.models import crop_cache, fork_cache, write_cache
 from genmodels.sampling import draw
 from genmodels.sampling.drafter import Context, Draft, Drafter, Seen
@@ -26,6 +26,12 @@ def drawn(choice: draw.Choice, logits: Array, k0: Array, k1: Array) -> tuple[Arr
   return choice(logits, k0, k1).token, choice.filtered(z) if choice.temperature > 0 else z
 
 
+def hesitant(choice: draw.Choice, fallback: float, logits: Array, k0: Array, k1: Array):
+  """As `drawn`, and bool[c]: the likeliest token has at least probability `fallback`, at temperature 1."""
+  sure = jax.nn.softmax(choice.logits(logits), -1).max(-1) >= fallback
+  return *drawn(choice, logits, k0, k1), sure
+
+
 def ahead_of(tokens: Array, start: Array, size: int) -> Array:
   """int32[B, size]: tokens [B, N] at coordinates start int32[B] and behind, clipped into the row."""
   at = jnp.clip(start[:, None] + np.arange(size), 0, tokens.shape[1] - 1)
@@ -34,8 +40,8 @@ def ahead_of(tokens: Array, start: Array, size: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class NGram(Drafter):
-  """What followed the longest earlier occurrence of the last tokens in the row itself (prompt lookup; the
-  deterministic core of model-free drafters such as STAND, Song et al. 2506.04708).
+  """What followed the longest earlier occurrence of the last tokens in the row itself (prompt lookup, Saxena
+  2023).
 
   Fields:
     longest: most tokens that are compared. The longest match wins, of equal ones the latest.
@@ -90,22 +96,44 @@ class Jacobi(Drafter):
     return jnp.where(at <= self.size, moved, -1)
 
 
+@pytree()
+class Aside:
+  """A smaller model beside the target: its cache, and counts int32[B] for the report.
+
+  Fields:
+    forwards: its evaluations that the row took part in.
+    handovers: drafts that ended because it was not sure. rejections: drafts of which something was rejected.
+  """
+
+  cache: Any
+  forwards: Array
+  handovers: Array
+  rejections: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Small(Drafter):
   """A smaller autoregressive model over the same vocabulary (Leviathan et al. 2211.17192), with a cache of
-  its own.
+  its own. With a `fallback` it hands over to the target where it is not sure (BiLD, Kim et al. 2302.07863
+  §3.2): a draft then costs as many forwards as the longest one of the batch.
 
   Fields:
     path: workdir of its run.
     chains: independent drafts, verified by k-SEQ.
     temperature: of the drafts; −1 takes the target's, with its filters. 0 drafts the likeliest tokens.
+    fallback: α_FB: a place where no token has this probability ends the draft; 0: none does.
     target: Sampler of the small model, filled in by `load`.
   """
 
   path: str = ""
   chains: int = 1
   temperature: float = -1.0
+  fallback: float = 0.0
   target: Any = None
+
+  def __post_init__(self):
+    if not 0 <= self.fallback <= 1:
+      raise ValueError(f"fallback is {self.fallback}; it is a probability")
 
   @property
   def stochastic(self) -> bool:
@@ -151,7 +179,8 @@ class Small(Drafter):
     cache = small.model.init_cache(B, N)
     at = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
     keep = at < length[:, None] - 1
-    return self.run(own, row, cache, at, keep, at[:, :1] * 0 - 1)[1]
+    zero = jnp.zeros_like(length)
+    return Aside(self.run(own, row, cache, at, keep, at[:, :1] * 0 - 1)[1], zero, zero, zero)
 
   def run(self, own, row: Row, cache, at: Array, keep: Array, ask: Array):
     """A Dist for the tokens at coordinates `ask` int32[B, 1], and the cache with the slots `keep` of `at`."""
@@ -166,10 +195,10 @@ class Small(Drafter):
     out = small.model.apply(own, inputs, {small.term: target}, cache=cache)
     return out.dists[small.term], write_cache(cache, out.new, keep)
 
-  def draft(self, params, own, context: Context, cache):
+  def draft(self, params, own, context: Context, state: Aside):
     K, R = self.size, self.chains
     B, N = context.row.tokens.shape
-    cache = crop_cache(cache, context.length - 1)
+    cache = crop_cache(state.cache, context.length - 1)
     # What is not in the cache: the newest token, and the last draft where all were accepted.
     at = context.length[:, None] + np.array([-2, -1])
     dist, kept = self.run(own, context.row, cache, at, at >= cache.length[:, None], at[:, 1:] + 1)
@@ -182,28 +211,58 @@ class Small(Drafter):
       keys = draw.token_keys(keys, jnp.tile(jnp.arange(R), B)[:, None])
       keys = keys[0][:, 0], keys[1][:, 0]
     here = jnp.arange(B * R)[:, None]
+    unsure = functools.partial(hesitant, self.target.choice, self.fallback)
 
     def pick(dist, at):
-      token, z = dist.map(functools.partial(drawn, self.target.choice), *draw.token_keys(keys, at))
-      return token[:, 0], z[:, 0]
+      token, z, sure = dist.map(unsure, *draw.token_keys(keys, at))
+      return token[:, 0], z[:, 0], sure[:, 0]
 
-    def extend(carry, i):
-      tokens, branch, token = carry
-      at = (n + i)[:, None]
-      tokens = tokens.at[here, jnp.where(at < N, at, N)].set(token[:, None], mode="drop")
+    def more(carry):
+      i, _, _, alive, *_ = carry
+      return (i < K) & alive.any()
+
+    def extend(carry):
+      i, tokens, branch, alive, count, drafts, logits = carry
+      at = (n + i - 1)[:, None]
+      token = jax.lax.dynamic_index_in_dim(drafts, i - 1, 1)
+      tokens = tokens.at[here, jnp.where(at < N, at, N)].set(token, mode="drop")
       dist, branch = self.run(own, row.replace(tokens=tokens), branch, at, at < N, at + 1)
-      token, z = pick(dist, at + 1)
-      return (tokens, branch, token), (token, z)
+      token, z, sure = pick(dist, at + 1)
+      alive = alive & sure
+      drafts = drafts.at[:, i].set(token)
+      logits = None if logits is None else logits.at[:, i].set(z)
+      return i + 1, tokens, branch, alive, count + alive, drafts, logits
 
-    token, z = pick(dist, n[:, None])
-    carry = row.tokens, branch, token
-    (_, branch, _), more = jax.lax.scan(extend, carry, jnp.arange(K - 1))
-    tokens, logits = (jnp.concatenate([a[None], b]).swapaxes(0, 1) for a, b in zip((token, z), more))
+    token, z, sure = pick(dist, n[:, None])
+    idle = jnp.repeat(context.done, R)  # rows that are over keep nobody waiting
+    sure = sure & ~idle
+    drafts = jnp.zeros((B * R, K), jnp.int32).at[:, 0].set(token)
+    logits = jnp.zeros((B * R, K, z.shape[1]), z.dtype).at[:, 0].set(z) if self.stochastic else None
+    carry = jnp.int32(1), row.tokens, branch, sure, sure.astype(jnp.int32), drafts, logits
+    i, _, branch, _, count, drafts, logits = jax.lax.while_loop(more, extend, carry)
     shape = (B, R, K) if R > 1 else (B, K)
+    logits = None if logits is None else logits.reshape(*shape, -1)
+    count = count.reshape(B, R)
+    room = jnp.minimum(K, (context.row.doc >= 0).sum(1) - context.length)
     # One chain's keys and values are kept, a rejected tail is cropped at the next draft. Of several chains
     # only the committed tokens are kept.
-    draft = Draft(tokens.reshape(shape), logits.reshape(*shape, -1) if self.stochastic else None)
-    return draft, branch if R == 1 else kept
+    state = Aside(
+      cache=branch if R == 1 else kept,
+      forwards=state.forwards + jnp.where(context.done, 0, i),
+      handovers=state.handovers + (~context.done & (count.max(1) < room)),
+      rejections=state.rejections,
+    )
+    return Draft(drafts.reshape(shape), logits, count), state
+
+  def observe(self, params, own, seen: Seen, state: Aside):
+    left = (seen.row.doc >= 0).sum(1) - seen.before
+    fewer = seen.active & (seen.accepted < jnp.minimum(seen.count, left))
+    return state.replace(rejections=state.rejections + fewer)
+
+  def report(self, state: Aside):
+    return {
+      "draft_forwards": state.forwards, "handovers": state.handovers, "rejections": state.rejections
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 from genmodels import config
 from genmodels.config import ConfigError
-from genmodels.sampling import diffuspec, draft_heads, drafters, joint, speculate, verify
+from genmodels.sampling import (
+  block_draft,
+  diffuspec,
+  draft_heads,
+  drafters,
+  early_exit,
+  joint,
+  speculate,
+  stand,
+  verify,
+)
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.loop import Sampler
 
@@ -20,11 +30,14 @@ class Plain(Drafter):
 DRAFTERS = {
   "plain": Plain,
   "ngram": drafters.NGram,
+  "stand": stand.Stand,
   "jacobi": drafters.Jacobi,
   "model": drafters.Small,
   "tidar": drafters.TiDAR,
   "heads": draft_heads.Heads,
   "masks": draft_heads.Masks,
+  "block": block_draft.Block,
+  "early_exit": early_exit.EarlyExit,
   "diffuspec": diffuspec.DiffuSpec,
   "marginals": joint.Marginals,
 }

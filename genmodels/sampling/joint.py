@@ -30,6 +30,7 @@ from genmodels.corruption.base import eligible
 from genmodels.models import write_cache
 from genmodels.sampling import draw, verify
 from genmodels.sampling.active import pairs
+from genmodels.sampling.cache import POLICIES
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.drafters import drawn
 from genmodels.sampling.loop import Sampler
@@ -162,7 +163,13 @@ class Joint(Sampler):
     many = exists[:, 1]
     verified = lambda: self.verify(params, row, cache, key, s.rank, at, exists, tokens, q)
     alone = lambda: (
-      verify.Walk(jnp.pad(tokens, ((0, 0), (0, 1))), exists, exists[:, 0].astype(jnp.int32), s.rank * 0),
+      verify.Walk(
+        jnp.pad(tokens, ((0, 0), (0, 1))),
+        exists,
+        exists[:, 0].astype(jnp.int32),
+        s.rank * 0,
+        jnp.zeros(exists.shape, jnp.int32),
+      ),
       cache,
     )
     went, cache = jax.lax.cond(many.any(), verified, alone)
@@ -222,5 +229,11 @@ def build(sampler: Sampler, drafter: Marginals) -> Joint:
       fix="size=5",
     )  # fmt: skip
   unadorned(sampler)
+  if sampler.cfg.cache == "none":
+    raise ConfigError(
+      "what is committed is read from the cache, under its rank", key="sampler.cache", value="none",
+      fix="sampler.cache='auto'",
+    )  # fmt: skip
   fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(Sampler)}
+  fields["policy"] = POLICIES["causal_exact"]  # causal in the order of generation
   return Joint(**fields, size=drafter.size)

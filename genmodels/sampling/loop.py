@@ -252,7 +252,7 @@ class Sampler:
     if self.policy.stores:
       caches = (self.model.init_cache(B, partial.capacity(self, row)),) * self.branches
       if prefill:
-        caches, some = self.prefill(params, row, caches, noise, used, prefill)
+        caches, some, _ = self.prefill(params, row, caches, noise, used, prefill)
         forwards, calls = self.branches, calls | {"prefill": some}
     M = self.active.asked(self, row)
     return State(
@@ -291,17 +291,19 @@ class Sampler:
     return out
 
   def prefill(self, params, row: Row, caches, noise: Noise, length: Array, width: int):
-    """Caches with the first `length` int32[B] ≤ width tokens of the rows, and int32[B], rows that had any."""
+    """Caches with the first `length` int32[B] ≤ width tokens of the rows, int32[B], rows that had any, and
+    `Outputs.layers` of the first branch."""
     B = length.shape[0]
     at = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (B, width))
     keep = at < length[:, None]
     only = active.pairs(jnp.full((B, 1), self.store), at, keep)
-    outs = []
+    outs, layers = [], None
     for i, cache in enumerate(caches):
       inputs, _ = self.view(row, noise, only, i)
-      new = self.model.apply(params, inputs, {}, cache=cache).new
-      outs.append(write_cache(cache, new, keep))
-    return tuple(outs), (length > 0).astype(jnp.int32)
+      out = self.model.apply(params, inputs, {}, cache=cache)
+      layers = layers if i else out.layers
+      outs.append(write_cache(cache, out.new, keep))
+    return tuple(outs), (length > 0).astype(jnp.int32), layers
 
   def ask(self, row: Row, s: State) -> Ask:
     """What the next step computes."""

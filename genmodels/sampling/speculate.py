@@ -32,7 +32,7 @@ from genmodels.contracts import CLEAN, Array, Noise, Row, Slots, Target, pytree
 from genmodels.corruption import rng
 from genmodels.corruption.base import Corruption, eligible
 from genmodels.masks import STREAM
-from genmodels.models import write_cache
+from genmodels.models import Model, write_cache
 from genmodels.sampling import draw, verify
 from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Context, Drafter, Seen
@@ -89,6 +89,22 @@ class Call:
   offset: np.ndarray
   origin: np.ndarray
   ahead: np.ndarray
+
+
+@pytree()
+class Laid:
+  """One verifying call, ready to run. A node of the draft is the slot of its number; others stand behind.
+
+  Fields:
+    inputs: of all slots. slot: int32[B, M], the slot that predicts behind each node; can: bool[B, M].
+    use: bool[B, A], slots of this step in use. code: {pattern: int32[B, A]}, codes that they are kept under.
+  """
+
+  inputs: Any
+  slot: Array
+  can: Array
+  use: Array
+  code: dict[str, Array]
 
 
 def node_keys(row: Row, key: Array, tag: int, at: Array) -> tuple[Array, Array]:
@@ -257,11 +273,18 @@ class Speculative(Sampler):
   def begin(self, both, row: Row, prefill: int) -> Progress:
     """The prompts committed and cached, but for their last token."""
     params, own = both
-    base = super().start(params, row, prefill)
+    base = super().start(params, row, 0)
     B, N = row.tokens.shape
     length = jnp.minimum(first_where(~base.committed), (row.doc >= 0).sum(1, dtype=jnp.int32))
     zero = jnp.zeros((B,), jnp.int32)
     cfg = self.model.cfg
+    draft = self.drafter.start(params, own, row, length)
+    caches, used = base.caches, zero
+    if caches and prefill:
+      kept = jnp.minimum(base.cursor, prefill)
+      noise = self.objective.corruption.state(row, base.committed)
+      caches, used, layers = self.prefill(params, row, caches, noise, kept, prefill)
+      draft = self.drafter.prompted(params, own, row, kept, layers.get("taps"), draft)
     return Progress(
       tokens=row.tokens,
       committed_at=jnp.full((B, N), -1, jnp.int32),
@@ -270,18 +293,18 @@ class Speculative(Sampler):
       first=jnp.ones((B,), bool),
       hidden=jnp.zeros((B, cfg.width), jnp.dtype(cfg.dtype)),
       step=jnp.int32(0),
-      calls={"prefill": base.calls["prefill"], "verify": zero},
+      calls={"prefill": used, "verify": zero},
       drafted=zero,
       accepted=zero,
-      cache=base.caches[0] if base.caches else None,
-      draft=self.drafter.start(params, own, row, length),
+      cache=caches[0] if caches else None,
+      draft=draft,
     )
 
   def propose(self, both, row: Row, s: Progress, key: Array):
     """tokens int32[B, R, K], logits float32[B, R, K, V] or None, count int32[B, R], the drafter's state."""
     R, K, V = self.drafter.chains, self.drafter.size, self.model.cfg.vocab
     keys = draw.row_keys(row, key, DRAFT, s.length)
-    context = Context(row, s.length, s.first, s.hidden, keys, s.cache)
+    context = Context(row, s.length, s.done, s.first, s.hidden, keys, s.cache)
     drafted, state = self.drafter.draft(*both, context, s.draft)
     tokens, logits, count = drafted.tokens, drafted.logits, drafted.count
     if tokens.ndim == 2:
@@ -301,36 +324,34 @@ class Speculative(Sampler):
   def advance(self, both, row: Row, s: Progress, key: Array) -> Progress:
     """One step: draft, verify, commit."""
     params, own = both
-    (B, N), (R, K) = row.tokens.shape, (self.drafter.chains, self.drafter.size)
-    call = self.plan
+    B, K = len(s.length), self.drafter.size
     row = row.replace(tokens=s.tokens)
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     tokens, q, count, state = self.propose(both, row, s, key)
 
     ahead = s.length[:, None] + np.arange(K + 1)  # coordinates that this step may commit
-    drafts = ahead[:, :K]
-    filled = row.replace(tokens=put(s.tokens, drafts, tokens[:, 0], drafts < N))
-    slots, noise, use = self.place(filled, s, tokens, count)
-    inputs = self.wide.inputs(filled, noise, slots, self.latent)
-    slot, can = self.nodes(filled, noise, slots, s, total)
-    out = self.evaluate(params, inputs, slot, can, s.cache)
+    laid = self.lay(row, s, tokens, count, total)
+    out = self.evaluate(params, laid.inputs, laid.slot, laid.can, s.cache)
     found = self.decide(row, key, out.dists[self.term], tokens, q, s.length)
-    u = draw.uniforms(node_keys(row, key, VERIFY, ahead))
-    u = jnp.stack([u] + [draw.uniforms(node_keys(row, key, VERIFY + r, ahead)) for r in range(1, R)], -1)
+    keys = [node_keys(row, key, VERIFY + r, ahead) for r in range(self.branching)]
+    u = jnp.stack([draw.uniforms(k) for k in keys], -1)
     exists = (ahead < total[:, None]) & ~s.done[:, None]
-    went = verify.walk(found, tokens, count, u, exists)
+    went = self.follow(found, tokens, count, u, exists)
 
     taken = went.taken & ~self.behind_eos(went.tokens)
     length = s.length + taken.sum(1, dtype=jnp.int32)
     now = put(s.tokens, ahead, went.tokens, taken)
     ended = (taken & (went.tokens == self.cfg.eos)).any(1) if self.cfg.eos >= 0 else jnp.zeros((B,), bool)
     done = s.done | ended | (length >= total)
-    at_end = jnp.where(went.accepted == 0, 0, went.chain * K + went.accepted)
+    at_end = jnp.take_along_axis(went.node, went.accepted[:, None], 1)[:, 0]
     pick = lambda i: jnp.take_along_axis(out.layers["hidden"], i[..., None], 1)
-    hidden = jnp.where(s.done[:, None], s.hidden, pick(slot_of(slot, at_end)[:, None])[:, 0])
+    read = out.layers.get("prefix", out.layers["hidden"])
+    last = jnp.take_along_axis(read, slot_of(laid.slot, at_end)[:, None, None], 1)[:, 0]
+    hidden = jnp.where(s.done[:, None], s.hidden, last)
     state = self.drafter.observe(
-      params, own, self.seen(row.replace(tokens=now), key, s, length, went, found, out, pick, hidden), state
-    )
+      params, own,
+      self.seen(row.replace(tokens=now), key, s, length, count, went, found, out, pick, hidden), state,
+    )  # fmt: skip
     return Progress(
       tokens=now,
       committed_at=put(s.committed_at, ahead, s.step, taken),
@@ -340,11 +361,36 @@ class Speculative(Sampler):
       hidden=hidden,
       step=s.step + 1,
       calls=s.calls | {"verify": s.calls["verify"] + ~s.done},
-      drafted=s.drafted + jnp.where(s.done, 0, jnp.minimum(count.max(1), total - s.length)),
+      drafted=s.drafted + jnp.where(s.done, 0, self.meant(count, total - s.length)),
       accepted=s.accepted + jnp.where(s.done, 0, jnp.minimum(went.accepted, length - s.length)),
-      cache=self.keep(s.cache, out.new, call, use, went),
+      cache=self.keep(s.cache, out.new, laid, went),
       draft=state,
     )
+
+  @property
+  def branching(self) -> int:
+    """Candidates that are tried at one place, at most."""
+    return self.drafter.chains
+
+  def meant(self, count: Array, room: Array) -> Array:
+    """int32[B], drafts that are verified, of those that fit."""
+    return jnp.minimum(count.max(1), room)
+
+  def lay(self, row: Row, s: Progress, tokens: Array, count: Array, total: Array) -> Laid:
+    """The slots of a verifying call, its inputs, and what is asked of it."""
+    drafts = s.length[:, None] + np.arange(self.drafter.size)
+    filled = row.replace(tokens=put(s.tokens, drafts, tokens[:, 0], drafts < row.tokens.shape[1]))
+    slots, noise, use = self.place(filled, s, tokens, count)
+    inputs = self.wide.inputs(filled, noise, slots, self.latent)
+    slot, can = self.nodes(filled, noise, slots, s, total)
+    call = self.plan
+    shift = (self.wide.layout.streams.index(CLEAN) - call.stream) * STREAM
+    code = {p: m.code[:, : len(shift)] + shift for p, m in inputs.masks.items()}
+    return Laid(inputs, slot, can, use, code)
+
+  def follow(self, found: verify.Verdict, tokens: Array, count: Array, u: Array, can: Array) -> verify.Walk:
+    """The walk along the accepted drafts."""
+    return verify.walk(found, tokens, count, u, can)
 
   def nodes(self, row: Row, noise: Noise, slots: Slots, s: Progress, total: Array) -> tuple[Array, Array]:
     """The slot that predicts behind each node, int32[B, M], and which of them are asked, bool[B, M]."""
@@ -372,19 +418,29 @@ class Speculative(Sampler):
 
   def decide(self, row: Row, key: Array, dist, tokens: Array, q, length: Array) -> verify.Verdict:
     """The rule's verdict of every node."""
-    (B, R, K) = tokens.shape
-    depth = np.concatenate([[0], np.tile(np.arange(1, K + 1), R)])
-    chain = np.concatenate([[0], np.repeat(np.arange(R), K)])
+    depth, candidates = self.candidates(tokens)
     keys = node_keys(row, key, draw.TOKEN, length[:, None] + depth)
-    padded = jnp.concatenate([tokens, jnp.full((B, R, 1), -1, tokens.dtype)], 2)
-    xs = {"candidates": jnp.moveaxis(padded, 1, 2)[:, depth], "k0": keys[0], "k1": keys[1]}
+    xs = {"candidates": candidates, "k0": keys[0], "k1": keys[1]}
     if q is not None and self.rule.needs_logits:
-      xs["q"] = q[:, chain, np.minimum(depth, K - 1)]
+      xs["q"] = self.told(q)
 
     def fn(logits, x):
       return self.rule(self.choice, logits, x["candidates"], x.get("q"), x["k0"], x["k1"])
 
     return dist.map(fn, xs)
+
+  def told(self, q) -> Any:
+    """What the rule is told of the law of each node's candidates, leaves [B, M, …], from `Draft.logits`."""
+    _, R, K, _ = q.shape
+    chain, depth = np.repeat(np.arange(R), K), np.tile(np.arange(1, K + 1), R)
+    return q[:, np.append(0, chain), np.minimum(np.append(0, depth), K - 1)]
+
+  def candidates(self, tokens: Array) -> tuple[np.ndarray, Array]:
+    """(int32[M] tokens before each node of a draft, int32[B, M, R] what is tried behind it)."""
+    B, R, K = tokens.shape
+    depth = np.concatenate([[0], np.tile(np.arange(1, K + 1), R)])
+    padded = jnp.concatenate([tokens, jnp.full((B, R, 1), -1, tokens.dtype)], 2)
+    return depth, jnp.moveaxis(padded, 1, 2)[:, depth]
 
   def behind_eos(self, tokens: Array) -> Array:
     """bool[B, K+1]: an EOS stands before."""
@@ -393,26 +449,26 @@ class Speculative(Sampler):
     is_end = (tokens == self.cfg.eos).astype(jnp.int32)
     return jnp.cumsum(is_end, 1) - is_end > 0
 
-  def keep(self, cache, new, call: Call, use: Array, went: verify.Walk):
+  def keep(self, cache, new, laid: Laid, went: verify.Walk):
     """The cache with the slots that are committed now, as slots of the clean stream."""
     if cache is None:
       return None
-    K = self.drafter.size
-    chain = (np.arange(len(call.stream)) - 1) // max(K, 1)
-    chain[0] = 0
-    kept = (call.ahead < 0) & (call.offset <= went.accepted[:, None])
-    kept &= (call.offset == 0) | (chain == went.chain[:, None])
-    clean = self.wide.layout.streams.index(CLEAN)
-    code = {p: c + (clean - call.stream) * STREAM for p, c in new["code"].items()}
-    return write_cache(cache, {**new, "code": code}, kept & use)
+    on = np.arange(went.node.shape[1]) <= went.accepted[:, None]
+    path = jnp.where(on, went.node, -1)[..., None]  # a node is the slot of that number
+    kept = (path == np.arange(laid.use.shape[1])).any(1)
+    return write_cache(cache, {**new, "code": laid.code}, kept & laid.use)
 
-  def seen(self, row, key, s: Progress, length, went, found, out, pick, hidden) -> Seen:
+  def seen(self, row, key, s: Progress, length, count, went, found, out, pick, hidden) -> Seen:
     """What the drafter may observe."""
     K, G = self.drafter.size, self.drafter.ahead
     ahead = None
     if G:
       base = 1 + self.drafter.chains * K
       ahead = pick(base + went.accepted[:, None] * G + np.arange(G))
+
+    taps = out.layers.get("taps")
+    if taps is not None:
+      taps = jnp.take_along_axis(taps, went.node[None, ..., None], 2)
 
     def dist(term, hidden, valid):
       return out.dists[term].replace(hidden=hidden, valid=valid)
@@ -423,10 +479,14 @@ class Speculative(Sampler):
       keys=draw.row_keys(row, key, DRAFT, length),
       accepted=went.accepted,
       active=~s.done,
-      predicted=found.token[:, : K + 1, 0],
+      predicted=jnp.take_along_axis(found.token[..., 0], went.node, 1),
       hidden=hidden,
       ahead=ahead,
       dist=dist,
+      before=s.length,
+      count=count.max(1),
+      path=pick(went.node),
+      taps=taps,
     )
 
   def result(self, row: Row, s: Progress) -> Result:
@@ -440,7 +500,7 @@ class Speculative(Sampler):
       steps=s.step,
       forwards=s.step + s.calls["prefill"].any(),
       calls=s.calls,
-      memory={"drafted": s.drafted, "accepted": s.accepted},
+      memory={"drafted": s.drafted, "accepted": s.accepted} | self.drafter.report(s.draft),
     )
 
 
@@ -493,15 +553,29 @@ def build(
       "a draft has at least one token", key="sampler.draft.size", value=drafter.size, fix="size=4"
     )
   if rule == "auto":
-    rule = "rejection" if drafter.stochastic else "match"
+    kind = "rejection" if drafter.tree is None else "recursive"
+    rule = kind if drafter.stochastic else "match"
   rule = verify.REGISTRY[rule]() if isinstance(rule, str) else rule
-  if isinstance(rule, verify.Rejection) and not drafter.stochastic:
+  if isinstance(rule, verify.Recursive) and drafter.tree is None:
+    raise ConfigError(
+      "only the children of a node are drawn without replacement", key="sampler.verify", value="recursive",
+      fix="sampler.verify='rejection'",
+    )  # fmt: skip
+  if rule.needs_logits and not drafter.stochastic:
     raise ConfigError(
       "these drafts are no draws from a law that the drafter knows", key="sampler.verify", value="rejection",
       fix="sampler.verify='match', which accepts as many of them",
     )  # fmt: skip
+  cls = Speculative
+  if drafter.tree is not None:
+    from genmodels.sampling import tree_speculate  # here: it is made of this module's parts
+
+    tree_speculate.check(sampler, drafter, rule)
+    cls = tree_speculate.TreeSpeculative
   groups = drafter.size + 1 if drafter.ahead else 0
   noisy = getattr(drafter, "stream", "")
   wide = widen(sampler.objective, drafter.chains, groups, noisy)
   fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(Sampler)}
-  return Speculative(**fields, drafter=drafter, rule=rule, own=own, wide=wide)
+  if drafter.watch:
+    fields["model"] = Model(dataclasses.replace(sampler.model.cfg, watch=tuple(drafter.watch)))
+  return cls(**fields, drafter=drafter, rule=rule, own=own, wide=wide)

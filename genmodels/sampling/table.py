@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import get_args, get_type_hints
 
-from genmodels.sampling import cache, draw, partial
+from genmodels.sampling import cache, drafting, draw, partial, verify
 from genmodels.sampling.config import PLUGINS
 
 _STOP = "tests/sampling/test_stop.py::"
@@ -19,6 +19,9 @@ _CACHE = "tests/sampling/test_cache.py::test_cached_logits_are_the_training_logi
 _PARTIAL = "tests/sampling/test_partial.py::"
 _DRIFT = _PARTIAL + "test_drift_is_measured_and_bounded"
 _SCORES = "tests/sampling/test_draw.py::test_scores"
+_SPEC = "tests/sampling/test_speculate.py::"
+_RULES = "tests/sampling/test_verify.py::"
+_IDS = "greedy: the target's ids, whatever is drafted"
 
 # (section, kind): (source, what holds exactly, test)
 FACTS = {
@@ -174,6 +177,67 @@ FACTS = {
     _STOP + "test_convergence_is_measured_against_the_step_before",
   ),
   ("stop", "entropy_floor"): ("BD3-LM 2503.09573", "floor < 0: the baseline", _STOP + "test_entropy_floor"),
+  ("draft", "plain"): ("–", "no drafts", _SPEC + "test_what_cannot_be_verified_is_refused"),
+  ("draft", "ngram"): ("prompt lookup (Saxena 2023)", _IDS, _SPEC + "test_drafters_keep_the_targets_ids"),
+  ("draft", "stand"): ("STAND 2506.04708", _IDS, "tests/sampling/test_stand.py::test_ids_and_law"),
+  ("draft", "jacobi"): (
+    "2305.10427, CLLM 2403.00835",
+    _IDS + "; n tokens in at most n forwards",
+    _SPEC + "test_drafters_keep_the_targets_ids",
+  ),
+  ("draft", "model"): ("2211.17192, SpecTr 2310.15141", _IDS, _SPEC + "test_a_smaller_model_drafts"),
+  ("draft", "early_exit"): (
+    "DEL 2504.05598",
+    _IDS,
+    "tests/sampling/test_early_exit.py::test_no_exit_changes_an_id",
+  ),
+  ("draft", "tidar"): ("TiDAR 2511.08923", _IDS, _SPEC + "test_tidar_keeps_the_targets_ids"),
+  ("draft", "heads"): (
+    "Medusa 2401.10774, Hydra 2402.05109",
+    _IDS + "; in a tree too",
+    "tests/sampling/test_draft_heads.py::test_untrained_drafts_keep_the_greedy_ids",
+  ),
+  ("draft", "masks"): (
+    "multi-token prediction 2507.11851",
+    _IDS,
+    "tests/sampling/test_draft_heads.py::test_untrained_drafts_keep_the_greedy_ids",
+  ),
+  ("draft", "block"): (
+    "DFlash 2602.06036",
+    _IDS + "; drafts = those of the training view",
+    "tests/sampling/test_block_draft.py::test_any_drafter_keeps_the_greedy_ids",
+  ),
+  ("draft", "diffuspec"): (
+    "DiffuSpec 2510.02358",
+    _IDS,
+    "tests/sampling/test_joint.py::test_diffusion_drafts_keep_the_targets_ids",
+  ),
+  ("draft", "marginals"): (
+    "AS-ARM 2504.20456",
+    "the law of one token at a time",
+    "tests/sampling/test_joint.py::test_the_joint_is_the_sequential_law",
+  ),
+  ("verify", "match"): ("–", "the ids of plain decoding", _RULES + "test_match_is_the_targets_own_draw"),
+  ("verify", "rejection"): (
+    "2211.17192, 2302.01318, SpecTr 2310.15141",
+    "the law, enumerated to 1e-12",
+    _RULES + "test_the_law_is_the_targets",
+  ),
+  ("verify", "recursive"): (
+    "2402.14160",
+    "the law, enumerated to 1e-12",
+    _RULES + "test_children_without_replacement_keep_the_law",
+  ),
+  ("verify", "typical"): (
+    "Medusa 2401.10774",
+    "nothing: not exact",
+    _RULES + "test_typical_acceptance_is_not_exact",
+  ),
+  ("verify", "rollback"): (
+    "BiLD 2302.07863 (thresholds unverified)",
+    "greedy ids for limit < ln 2; ∞ rejects nothing",
+    "tests/sampling/test_big_little.py::test_what_is_taken_back",
+  ),
 }
 
 
@@ -181,6 +245,7 @@ def kinds() -> list[tuple[str, str]]:
   """(section, kind) of every plug-in, and of the parts of a score, in the order of the registries."""
   scores = [*get_args(get_type_hints(draw.Score)["kind"]), "distance", "eos", "temperature"]
   plugins = PLUGINS | {"cache": {**cache.POLICIES, **partial.REGISTRY}}
+  plugins |= {"draft": drafting.DRAFTERS, "verify": verify.REGISTRY}
   return [("score", k) for k in scores] + [(s, k) for s, registry in plugins.items() for k in registry]
 
 

@@ -22,6 +22,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from genmodels.contracts import pytree
 from genmodels.sampling import draw
@@ -98,6 +99,29 @@ def kseq_residual(p: Array, q: Array, rho: Array, k: int) -> Array:
   beta = overlap(p, q, rho)
   scale = one_of(beta, k) / jnp.where(beta > 0, beta, 1)
   return normalised(jnp.maximum(p - jnp.minimum(q, p / rho[..., None]) * scale[..., None], 0), p)
+
+
+def recursive(p: Array, q: Array, candidates: Array) -> tuple[list[Array], list[Array]]:
+  """Rejection of candidates that were drawn from q one after another without replacement (recursive rejection
+  sampling, Jeon et al. 2402.14160 §3.1): after a rejection p becomes the residual, q loses the candidate.
+
+  Args:
+    p, q: [..., V]. candidates: int32[..., C]; −1 behind the last one.
+
+  Returns:
+    C times [...], the probability that a candidate is accepted once those before it were not, and C + 1 times
+    [..., V], the law after 0 … C rejections.
+  """
+  accept, laws = [], [p]
+  for i in range(candidates.shape[-1]):
+    x = candidates[..., i]
+    there = (x >= 0)[..., None]
+    accept.append(jnp.where(there[..., 0], accept_probability(p, q, x), 0))
+    p = jnp.where(there, residual(p, q), p)
+    left = jnp.where(jnp.arange(q.shape[-1]) == x[..., None], 0, q)
+    q = jnp.where(there, normalised(left, left), q)
+    laws.append(p)
+  return accept, laws
 
 
 def typical(p: Array, token: Array, epsilon: float, delta: float) -> Array:
@@ -181,6 +205,27 @@ class Rejection(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Recursive(Rule):
+  """Rejection sampling of a node's children, drawn from one law without replacement.
+
+  q is (ids int32[c, k], float32[c, k] log-probabilities), the few tokens that a node's law is made of.
+  """
+
+  needs_logits = True
+
+  def __call__(self, choice, logits, candidates, q, k0, k1):
+    p, (ids, logq) = choice.law(logits), q
+    rows = jnp.arange(len(ids))[:, None]
+    dense = jnp.zeros_like(p).at[rows, ids].add(jnp.exp(logq))
+    passes, laws = recursive(p, dense, candidates)
+    g = draw.gumbel(k0, k1, p.shape[-1])
+    token = [jnp.argmax(jnp.log(law) + g, -1).astype(jnp.int32) for law in laws]
+    R = candidates.shape[1]
+    accept = jnp.broadcast_to(jnp.stack(passes, 1)[:, None], (len(p), R, R))
+    return Verdict(accept, jnp.stack(token, 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Typical(Rule):
   """Medusa's typical acceptance: what is likely enough passes. Not exact.
 
@@ -200,7 +245,40 @@ class Typical(Rule):
     return drawn.replace(accept=jnp.broadcast_to(passes[:, None], drawn.accept.shape))
 
 
-REGISTRY = {"match": Match, "rejection": Rejection, "typical": Typical}
+@dataclasses.dataclass(frozen=True)
+class Rollback(Rule):
+  """What surprises the target too much is taken back (BiLD, Kim et al. 2302.07863 §3.3). Not exact.
+
+  A draft x passes if −ln p(x) ≤ limit, p the target's own distribution, and the first one that does not is
+  replaced by what the target draws. Up to limit < ln 2 that is exact at temperature 0: what passes has more
+  than half of the mass. ∞ takes nothing back.
+
+  Fields:
+    limit: α_RB, nats; the paper's values are per task (2.0 unverified).
+  """
+
+  limit: float = 2.0
+
+  exact = False
+
+  def __post_init__(self):
+    if self.limit < 0:
+      raise ValueError(f"limit is {self.limit}; nats, at least 0")
+
+  def __call__(self, choice, logits, candidates, q, k0, k1):
+    drawn = Match()(choice, logits, candidates, q, k0, k1)
+    surprise = -at(jax.nn.log_softmax(choice.logits(logits), -1), candidates)
+    passes = ((surprise <= self.limit) & (candidates >= 0)).astype(jnp.float32)
+    return drawn.replace(accept=jnp.broadcast_to(passes[:, None], drawn.accept.shape))
+
+
+REGISTRY = {
+  "match": Match,
+  "rejection": Rejection,
+  "recursive": Recursive,
+  "typical": Typical,
+  "rollback": Rollback,
+}
 
 
 # -- the walk -----------------------------------------------------------------------------------------
@@ -214,12 +292,14 @@ class Walk:
     tokens: int32[B, K+1], the tokens of places 0 … K; taken: bool[B, K+1], those that are committed, a
       prefix.
     accepted: int32[B], how many of them are drafts. chain: int32[B], the chain that they lie on.
+    node: int32[B, K+1], the node whose candidates are tried at each place.
   """
 
   tokens: Array
   taken: Array
   accepted: Array
   chain: Array
+  node: Array
 
 
 def walk(verdict: Verdict, candidates: Array, count: Array, u: Array, can: Array) -> Walk:
@@ -265,4 +345,6 @@ def walk(verdict: Verdict, candidates: Array, count: Array, u: Array, can: Array
   zero = jnp.zeros((B,), jnp.int32)
   start = jnp.broadcast_to(chains >= 0, (B, R)), jnp.ones((B,), bool), zero, zero
   (_, _, chain, accepted), (tokens, taken) = jax.lax.scan(place, start, jnp.arange(K + 1))
-  return Walk(tokens.T, taken.T, accepted, chain)
+  at = np.arange(K + 1)
+  node = jnp.where(at == 0, 0, chain[:, None] * K + at)
+  return Walk(tokens.T, taken.T, accepted, chain, node)

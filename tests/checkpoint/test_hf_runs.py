@@ -340,20 +340,21 @@ def test_adopt_takes_the_model_and_leaves_the_recipe(tmp_path):
   assert cfg.objective.mask_id == 299 and "mask_row" not in cfg.init  # a row of its own, trained
 
 
-@pytest.mark.parametrize("name", ["mtp", "medusa"])
+@pytest.mark.parametrize("name", ["mtp", "medusa", pytest.param("hydra", marks=pytest.mark.full)])
 def test_adopt_keeps_adapters_and_draft_heads(tmp_path, name):
   """The checkpoint's trunk, fresh adapters, and draft heads that start as the checkpoint's own head."""
   from genmodels import config
 
   src, _ = folders.make(tmp_path / "src", "qwen3")
   hf_import.import_folder(str(src), str(tmp_path / "dst"))
-  cfg = config.load(f"language/{name}:tiny")
+  cfg = config.load(f"language/{name}:{'plus_tiny' if name == 'hydra' else 'tiny'}")
   cfg.data = {"kind": "tokenizer", "seq_len": 32, "vocab": 300}
   cfg.objective.mask_id, cfg.model.vocab_multiple = 299, 1
   notes = adopt.adopt(cfg, str(tmp_path / "dst"), "").notes
   assert any("fresh draft heads" in n for n in notes)
   model = models.build(config.plain(cfg.model))
-  with_heads = {"mtp": {"sampler", "latent"}, "medusa": {f"medusa{k}" for k in range(1, 6)}}[name]
+  with_heads = {"mtp": {"sampler", "latent"}, "medusa": {f"medusa{k}" for k in range(1, 6)}}
+  with_heads = (with_heads | {"hydra": {f"hydra{k}" for k in range(1, 5)}})[name]
   assert {n for n, _ in model.cfg.heads} == {"text"} | with_heads
   fresh = state.param_paths(cases.draw(model.abstract_params()))
   axes = state.param_paths(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
@@ -367,7 +368,7 @@ def test_adopt_keeps_adapters_and_draft_heads(tmp_path, name):
     elif leaf.endswith("out/kernel"):
       np.testing.assert_array_equal(x, source.leaf("heads/text/kernel"))
     else:
-      assert "lora_" in leaf or "block" in leaf or "norm" in leaf
+      assert "lora_" in leaf or "block" in leaf or "norm" in leaf or leaf.startswith("prefix/")
       np.testing.assert_array_equal(x, fresh[leaf])
   theirs = json.loads((tmp_path / "dst" / "config.json").read_text())
   tied = {**theirs["model"], "heads": {"text": {"tied": True}}}

@@ -57,7 +57,8 @@ def test_sampled_drafts_are_drawn_from_what_they_say():
 
   @jax.jit
   def run(params):
-    context = Context(row, n, jnp.zeros((B,), bool), hidden, keys, None)
+    none = jnp.zeros((B,), bool)
+    context = Context(row, n, none, none, hidden, keys, None)
     return drafter.draft(params, None, context, ())[0]
 
   out = run(params)

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from genmodels import models, sampling
+from genmodels.config import ConfigError
 from genmodels.contracts import CONTEXT, TEXT, Target, token_row
 from genmodels.objectives import Objective
 from genmodels.sampling import diffuspec, joint, speculate, verify
@@ -71,11 +72,10 @@ def sequential(first=None):
   return p if first is None else np.where(text[:, 1] == first, p, 0)
 
 
-def sampler(temperature=1.0, size=3):
+def sampler(temperature=1.0, size=3, **section):
   objective, model, _ = any_subset()
-  return sampling.build(
-    {"eos": -2, "draft": {"kind": "marginals", "size": size}, "temperature": temperature}, objective, model
-  )
+  section |= {"eos": -2, "draft": {"kind": "marginals", "size": size}, "temperature": temperature}
+  return sampling.build(section, objective, model)
 
 
 def p_value(tokens, p):
@@ -93,6 +93,9 @@ def test_the_joint_is_the_sequential_law(rows):
   """T21."""
   _, _, params = any_subset()
   row, made = prompts(rows), sampler()
+  assert made.policy.name == "causal_exact"  # contents are kept by rank
+  with pytest.raises(ConfigError, match="under its rank"):
+    sampler(cache="none")
   result = made(params, row, KEY)
   assert abs(sequential().sum() - 1) < 1e-5 and abs(sequential(0).sum() - 1) < 1e-5
   assert p_value(result.tokens[::2], sequential()) > 1e-3

@@ -12,12 +12,12 @@ from tests.sampling.test_run import workdir
 
 FITS = {
   "dimoo_cache": "llada", "dinfer": "llada", "dkv_cache": "llada", "dllm_cache": "llada", "eb_sampler": "bd3lm", "eoser": "llada",
-  "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada",
-  "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm",
+  "fast_dllm": "llada", "freecache": "llada", "jacobi": "ar", "longllada": "llada", "lrd": "llada", "medusa": "medusa",
+  "del_exit": "ar", "ngram": "ar", "prophet": "llada", "rcr": "llada", "remdm": "mdlm", "stand": "ar",
 }  # fmt: skip
 # draft.path, energy.path, guide.path, sizes.path
 NEED_ANOTHER_RUN = {
-  "ctrldiff": "ctrldiff", "diffuspec": "ar", "edlm": "mdlm", "freecache:guided": "llada", "spectr": "ar",
+  "bild": "ar", "ctrldiff": "ctrldiff", "diffuspec": "ar", "edlm": "mdlm", "freecache:guided": "llada", "spectr": "ar",
 }  # fmt: skip
 
 

@@ -191,7 +191,7 @@ def test_ngrams_continue_the_longest_match():
 
 def drafter_context(row, n):
   zero = jnp.zeros((len(n),), jnp.uint32)
-  return speculate.Context(row, n, n < 0, jnp.zeros((len(n), 1)), (zero, zero), None)
+  return speculate.Context(row, n, n < 0, n < 0, jnp.zeros((len(n), 1)), (zero, zero), None)
 
 
 @pytest.mark.full
@@ -340,7 +340,11 @@ def chi_square(kind, drafter, rule="auto", rows=1 << 13, temperature=1.0, own=No
   target = sampling.build({"eos": -2, "temperature": temperature, "forbid": (V,)}, objective, model)
   if isinstance(drafter, drafters.Small):
     drafter, own = dataclasses.replace(drafter, target=target), toy()[2]
-  sampler = speculate.build(target, drafter, rule, own=own)
+  return judged(speculate.build(target, drafter, rule, own=own), params, rows, temperature)
+
+
+def judged(sampler, params, rows, temperature=1.0):
+  """p-value of what `rows` samples of a toy's sampler say about its law, and the Result."""
   result = sampler(params, sampling.prompt_row([[0]] * rows, LENGTH, LENGTH), KEY)
   index = np.asarray(result.tokens)[:, 1:] @ V ** np.arange(LENGTH - 1)[::-1]
   expected = law(temperature) / law(temperature).sum() * rows

@@ -63,6 +63,47 @@ def test_the_law_is_the_targets(k):
   assert k == 1 or enumerated(k, "rho") > 1e-2
 
 
+def without_replacement(p, q, C, wrong=False):
+  """Law of C candidates of q without replacement tried in turn, by enumeration: float64[V]."""
+  drafts = np.array(list(itertools.permutations(range(len(p)), C)))
+  drawn, left = np.ones(len(drafts)), np.ones(len(drafts))
+  for x in drafts.T:
+    drawn = drawn * np.divide(q[x], left, out=np.zeros(len(x)), where=left > 1e-15)
+    left = left - q[x]
+  wide = lambda x: jnp.broadcast_to(jnp.asarray(x), (len(drafts), len(x)))
+  if wrong:  # each candidate as if it were the only one
+    accept = [verify.recursive(wide(p), wide(q), drafts[:, i : i + 1])[0][0] for i in range(C)]
+    after = verify.residual(wide(p), wide(q))
+  else:
+    accept, laws_ = verify.recursive(wide(p), wide(q), jnp.asarray(drafts))
+    after = laws_[-1]
+  out = np.zeros(len(p))
+  for x, a in zip(drafts.T, np.asarray(accept)):
+    np.add.at(out, x, drawn * a)
+    drawn = drawn * (1 - a)
+  return out + drawn @ np.asarray(after)
+
+
+@pytest.mark.parametrize("C", [3, *(pytest.param(c, marks=pytest.mark.full) for c in (1, 2))])
+def test_children_without_replacement_keep_the_law(C):
+  """T20 for the children of a node; as if each were the only draw, the law is another."""
+  with jax.enable_x64(True):
+    for p, q in zip(*four()):
+      if (q > 0).sum() >= C:
+        assert np.abs(without_replacement(p, q, C) - p).max() < 1e-12
+    p, q = (x[0] for x in four())
+    assert C == 1 or np.abs(without_replacement(p, q, C, wrong=True) - p).max() > 1e-2
+
+
+def four():
+  """p, q float64[4, 4]: random ones, p = q, disjoint supports."""
+  rng = np.random.default_rng(3)
+  p, q = rng.dirichlet(np.full(4, 0.7), 4), rng.dirichlet(np.full(4, 0.7), 4)
+  q[2] = p[2]
+  p[3], q[3] = [0.4, 0.6, 0, 0], [0, 0, 0.3, 0.7]
+  return p, q
+
+
 def test_acceptance():
   """One draft is accepted with 1 − TV(p, q); k drafts with 1 − (1 − β)^k = ρβ, the more the better."""
   p, q = laws()

@@ -27,7 +27,7 @@ from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.loop import Sampler
 from genmodels.sampling.speculate import Speculative, node_keys
-from genmodels.sampling.state import put
+from genmodels.sampling.state import put, until
 
 GUESS = 34  # what draws are for, besides those of speculate.py
 
@@ -131,7 +131,7 @@ class SpanIteration(Speculative):
     row = row.replace(tokens=s.tokens)
     total = (row.doc >= 0).sum(1, dtype=jnp.int32)
     ahead = s.length[:, None] + np.arange(K + 1)
-    exists = (ahead < total[:, None]) & ~s.done[:, None]
+    exists = ahead < until(s.done, total)
     drafts = s.state[:, None, :K]
     filled = row.replace(tokens=put(s.tokens, ahead, s.state, exists))
     slots, noise, use = self.place(filled, s, drafts, jnp.full((B, 1), K, jnp.int32))

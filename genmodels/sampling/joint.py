@@ -35,7 +35,7 @@ from genmodels.sampling.drafter import Drafter
 from genmodels.sampling.drafters import drawn
 from genmodels.sampling.loop import Sampler
 from genmodels.sampling.speculate import DRAFT, VERIFY, node_keys, unadorned
-from genmodels.sampling.state import Result, put
+from genmodels.sampling.state import Result, put, until
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Joint(Sampler):
     row = row.replace(tokens=s.tokens)
     ranks = s.rank[:, None] + np.arange(K + 1)
     at = jnp.take_along_axis(by_rank, jnp.minimum(ranks, N - 1), 1)
-    exists = (ranks < total[:, None]) & ~s.done[:, None]
+    exists = ranks < until(s.done, total)
 
     newest = jnp.take_along_axis(by_rank, jnp.minimum(s.cached, N - 1)[:, None], 1)
     fresh = ((s.cached < s.rank) & ~s.done)[:, None]

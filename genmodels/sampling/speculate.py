@@ -37,7 +37,7 @@ from genmodels.sampling import draw, verify
 from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Context, Drafter, Seen
 from genmodels.sampling.loop import Sampler
-from genmodels.sampling.state import Result, first_where, put
+from genmodels.sampling.state import Result, first_where, put, until
 
 # What draws are for, besides those of draw.py.
 DRAFT, VERIFY = 32, 33
@@ -224,7 +224,7 @@ class Speculative(Sampler):
     call, (B, N), R = self.plan, row.tokens.shape, tokens.shape[1]
     K, total = tokens.shape[2], (row.doc >= 0).sum(1, dtype=jnp.int32)
     at = s.length[:, None] - 1 + call.offset
-    use = (at < total[:, None]) & ~s.done[:, None]
+    use = at < until(s.done, total)
     # A slot is computed if the drafts before it are meant: place i of its chain, or i = j drafts of its
     # group.
     chain = np.concatenate([np.zeros(K + 1, int), np.repeat(np.arange(1, R), K)])
@@ -234,7 +234,7 @@ class Speculative(Sampler):
     only = pairs(call.stream, at, use)
     if s.cache is None:  # everything before, once more
       past = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
-      behind = (past < s.length[:, None] - 1) & ~s.done[:, None]
+      behind = past < until(s.done, s.length - 1)
       only = jnp.concatenate([only, pairs(self.stream, past, behind)], 1)
     noise = self.objective.corruption.state(row, rows.coordinates(row.doc) < s.length[:, None])
     if self.wide is not self.objective:
@@ -335,7 +335,7 @@ class Speculative(Sampler):
     found = self.decide(row, key, out.dists[self.term], tokens, q, s.length)
     keys = [node_keys(row, key, VERIFY + r, ahead) for r in range(self.branching)]
     u = jnp.stack([draw.uniforms(k) for k in keys], -1)
-    exists = (ahead < total[:, None]) & ~s.done[:, None]
+    exists = ahead < until(s.done, total)
     went = self.follow(found, tokens, count, u, exists)
 
     taken = went.taken & ~self.behind_eos(went.tokens)

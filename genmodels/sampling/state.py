@@ -177,6 +177,15 @@ def at_coordinate(x: Array, at: Array) -> Array:
   return take(index[:, None])[:, 0] if at.ndim == 1 else take(index)
 
 
+def until(done: Array, end) -> Array:
+  """`end` (int32[B] or a number) where rows go on, 0 where they are finished, [B, 1].
+
+  In place of `(at < end) & ~done`: for 16 rows of 8 such flags LLVM finds no AVX-512 instruction and ends
+  the process (jax 0.10.2).
+  """
+  return jnp.where(done, 0, end)[:, None]
+
+
 def put(x: Array, at: Array, value, where: Array) -> Array:
   """x [B, N, …] with `value` at the coordinates int32[B, M] that are flagged by `where` bool[B, M]."""
   index = jnp.where(where, at, x.shape[1])

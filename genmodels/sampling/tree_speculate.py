@@ -20,6 +20,7 @@ from genmodels.sampling import draw, trees, verify
 from genmodels.sampling.active import pairs
 from genmodels.sampling.drafter import Context
 from genmodels.sampling.speculate import DRAFT, Laid, Progress, Speculative
+from genmodels.sampling.state import until
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ class TreeSpeculative(Speculative):
   def lay(self, row: Row, s: Progress, tokens: Array, count: Array, total: Array) -> Laid:
     depth, N = self.tree.depth, row.tokens.shape[1]
     at = s.length[:, None] - 1 + depth
-    use = count & (at < total[:, None]) & ~s.done[:, None]
+    use = count & (at < until(s.done, total))
     noise = self.objective.corruption.state(row, jnp.arange(N) < s.length[:, None])
     slots = self.objective.layout.arrange(row, noise, pairs(self.stream, at, use))
     inputs = self.objective.inputs(row, noise, slots, self.latent)

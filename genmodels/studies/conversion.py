@@ -335,6 +335,7 @@ def _pace(name: str, root: pathlib.Path, options: Options, live: Live) -> dict:
   same machine, which runs of an hour have not."""
   cfg = recipe(name, root, options)
   cfg.train.update(steps=PACE[1], save_every=0)
+  cfg.optim.schedule.update(warmup=1, decay_steps=1)
   folder = root / "pace" / name
   shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
   if train.train(cfg, str(folder), out=live).stopped:

@@ -124,7 +124,8 @@ def _likelihood_figure(summary: Mapping, path: pathlib.Path) -> None:
   for name, x in summary["likelihood"].items():
     sizes = sorted(int(b) for b in x["blocks"] if int(b))
     if sizes:
-      axes.plot(sizes, [x["blocks"][str(b)]["bits_per_byte"] for b in sizes], marker="o", label=TITLES[name])
+      values = [x["blocks"][str(b)]["bits_per_byte"] for b in sizes]
+      axes.plot(sizes, values, marker="o", label=TITLES[name], color=_colour(name))
     else:
       style = "-" if x["exact"] else ":"
       axes.axhline(
@@ -143,6 +144,7 @@ def _curve_figure(summary: Mapping, path: pathlib.Path) -> None:
     axes.errorbar(
       [p["tokens_per_forward"] for p in points], [p["bits_per_byte"] for p in points],
       [p["stderr"] for p in points], marker="o", capsize=2, label=TITLES[name],
+      color=_colour(name),
     )  # fmt: skip
   axes.axhline(summary["curves"]["ar"]["held_out"], linestyle=":", color="grey", label="held-out text")
   axes.set_xscale("log", base=2)
@@ -154,16 +156,18 @@ def _curve_figure(summary: Mapping, path: pathlib.Path) -> None:
 def _figure():
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(8, 5), layout="constrained")
+  figure = Figure(figsize=(9, 5), layout="constrained")
   return figure, figure.subplots()
 
 
 def _colour(name: str) -> str:
-  return f"C{list(TITLES).index(name) % 10}"
+  from matplotlib import colormaps
+
+  return colormaps["tab20"](list(TITLES).index(name))
 
 
 def _save(figure, axes, path) -> None:
   axes.xaxis.set_major_formatter("{x:g}")
   axes.grid(alpha=0.3)
-  axes.legend(fontsize=7)
+  axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
   figure.savefig(path, dpi=140)

@@ -134,9 +134,8 @@ def visible(case, config):
 def logits(run, ids):
   """float32[N, V] at every token of the last stream, through the objective's view of a row without noise."""
   objective = run.parts.objective
-  rows = heldout.Evaluator._rows  # the rows of `eval --text`
-  evaluator = heldout.Evaluator(heldout.EvalConfig(), run.parts, run.mesh, jax.random.key(0))
-  row = system.row_of(jax.tree.map(jnp.asarray, next(rows(evaluator, [(0, 0, ids, 0)], len(ids), 1))))
+  batch = next(heldout.piece_batches([(0, 0, ids, 0)], len(ids), 1, run.parts.data.meta))  # as `eval --text`
+  row = system.row_of(jax.tree.map(jnp.asarray, batch))
   noise = objective.corruption.draw(row, jax.random.key(0), 0, None)
   noise = noise.replace(hit=jnp.zeros_like(noise.hit))
   inputs, _ = objective.view(row, noise)

@@ -133,10 +133,8 @@ class SpanIteration(Speculative):
     ahead = s.length[:, None] + np.arange(K + 1)
     exists = ahead < until(s.done, total)
     drafts = s.state[:, None, :K]
-    filled = row.replace(tokens=put(s.tokens, ahead, s.state, exists))
-    slots, noise, use = self.place(filled, s, drafts, jnp.full((B, 1), K, jnp.int32))
-    slot, can = self.nodes(filled, noise, slots, s, total)
-    out = self.evaluate(params, self.wide.inputs(filled, noise, slots, self.latent), slot, can, s.cache)
+    laid = self.lay(row, s, drafts, jnp.full((B, 1), K, jnp.int32), total)
+    out = self.evaluate(params, laid.inputs, laid.slot, laid.can, s.cache)
     now = self.decide(row, key, out.dists[self.term], drafts, None, s.length).token[:, :, 0]
 
     live = exists & ~self.behind_eos(now)
@@ -149,7 +147,8 @@ class SpanIteration(Speculative):
     length = s.length + taken.sum(1, dtype=jnp.int32)
     tokens = put(s.tokens, ahead, now, taken)
     ended = (taken & (now == self.cfg.eos)).any(1) if self.cfg.eos >= 0 else jnp.zeros((B,), bool)
-    went = verify.Walk(now, taken, jnp.where(same, K, -1), jnp.zeros((B,), jnp.int32))
+    node = jnp.broadcast_to(jnp.arange(K + 1, dtype=jnp.int32), (B, K + 1))  # one chain: place i is node i
+    went = verify.Walk(now, taken, jnp.where(same, K, -1), jnp.zeros((B,), jnp.int32), node)
     fresh = self.guess(row.replace(tokens=tokens), key, length)
     return Progress(
       tokens=tokens,
@@ -161,7 +160,7 @@ class SpanIteration(Speculative):
       settled_at=put(s.settled_at, ahead, (s.k + 1)[:, None], taken),
       step=s.step + 1,
       calls=s.calls | {"verify": s.calls["verify"] + ~s.done},
-      cache=self.keep(s.cache, out.new, self.plan, use, went),
+      cache=self.keep(s.cache, out.new, laid, went),
     )
 
   def greedy(self, both, row: Row, length: Array) -> Array:

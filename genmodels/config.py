@@ -111,6 +111,21 @@ def plain(section: Any) -> Any:
   return section
 
 
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+  """What differs between two plain sections, one "key old → new" a leaf, by key; tuples equal lists."""
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    keys = sorted({*old, *new}, key=str)
+    return [
+      text
+      for k in keys
+      for text in differences(old.get(k, _NOTHING), new.get(k, _NOTHING), _join(where, str(k)))
+    ]
+  if old is not _NOTHING and new is not _NOTHING and _json(old, where) == _json(new, where):
+    return []
+  shown = ("unset" if x is _NOTHING else _short(_json(x, where), 60) for x in (old, new))
+  return [f"{where} {' → '.join(shown)}"]
+
+
 # ---------------------------------------------------------------------------------------- schedules
 
 

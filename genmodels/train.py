@@ -146,7 +146,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
       state, origin = initialisation.initialise(
         saver, program.state, lambda: program.fresh(key), config.plain(cfg.init), tcfg.steps,
         axes=program.axes, rebuild=program.rebuild,
-        others={name: net.logical_axes() for name, net in parts.nets.items()},
+        others={name: net.logical_axes() for name, net in parts.nets.items()}, cfg=config.plain(cfg),
       )  # fmt: skip
   say(f"parameters {models.count(program.shapes):,} · mesh {dict(mesh.shape)} · {origin}")
   for text in program.dropped:

@@ -279,3 +279,14 @@ def test_override_sets_a_new_section():
 def test_config_imports_no_jax(toy):
   code = f"from genmodels import config; import sys; config.load({toy!r}); assert 'jax' not in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_differences_name_leaves_and_both_values():
+  old = {"a": 1, "rope": {"base": 1e4, "axes": [2, 2]}, "gone": {"x": 1}, "same": (1, (2,))}
+  new = {"a": 1, "rope": {"base": 5e5, "axes": (2, 2)}, "new": None, "same": [1, [2]]}
+  assert config.differences(old, new) == [
+    "gone {'x': 1} → unset",
+    "new unset → None",
+    "rope.base 10000.0 → 500000.0",
+  ]
+  assert config.differences(1, 1.5, "lr") == ["lr 1 → 1.5"] and not config.differences(new, new)

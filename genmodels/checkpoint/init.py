@@ -120,7 +120,7 @@ class InitRecipe:
 
   def load(
     self, fresh: dict[str, jax.Array], axes: dict[str, tuple] | None
-  ) -> tuple[dict[str, jax.Array], int]:
+  ) -> tuple[dict[str, jax.Array], int, Any]:
     """The leaves of one tree.
 
     Args:
@@ -128,7 +128,7 @@ class InitRecipe:
       axes: {name: logical axes}; needed to resize the vocabulary or to set a mask row.
 
     Returns:
-      {name: array}, and the step they were saved at.
+      {name: array}, the step they were saved at, and what was saved beside them.
 
     Raises:
       RestoreError: no such tree, nothing verifies, or a shape differs.
@@ -168,7 +168,7 @@ class InitRecipe:
         return NamedSharding(sharding.mesh, PartitionSpec())  # other rows: whole, until it is cut
       return None
 
-    values, step, _ = manager.read(None if self.step < 0 else self.step, place)
+    values, step, meta = manager.read(None if self.step < 0 else self.step, place)
     for more, at in enumerate(self.average, 2):  # one at a time: no more than two trees in memory
       other = manager.read(at, place)[0]
       mean = jax.jit(lambda x, y, n: x + (y - x) / n, donate_argnums=0)
@@ -176,7 +176,7 @@ class InitRecipe:
     out = dict(fresh)
     for name, source in mapping.items():
       out[name] = self._fit(name, values[prefix + source], fresh[name], surgery.vocab_axis(axes, name))
-    return out, step
+    return out, step, meta
 
   def _fit(self, name: str, value: jax.Array, fresh: jax.Array, axis: int | None) -> jax.Array:
     """One leaf with this run's rows, dtype and sharding, mask row set."""
@@ -208,6 +208,7 @@ def initialise(
   axes: Any = None,
   rebuild: Callable[..., Any] | None = None,
   others: Mapping[str, Any] | None = None,
+  cfg: Mapping[str, Any] | None = None,
 ) -> tuple[Any, str]:
   """The state to start from, by the order in the module's docstring.
 
@@ -222,6 +223,9 @@ def initialise(
       (schedule-free keeps a copy of them). Where leaves keep fresh values, their names {tree: set} come
       second.
     others: {network beside the model: its logical axes}.
+    cfg: the run's whole config, plain. The line then names what differs from the config saved with the
+      checkpoint: everything of a run that goes on, the model's of one that is initialised. No shape shows
+      another RoPE base or learning rate.
 
   Returns:
     The state, and a line that says where it comes from.
@@ -235,11 +239,19 @@ def initialise(
   if restored is not None:
     done = " (the run is complete)" if steps and restored.step >= steps else ""
     ignored = "; `init` does not apply" if source is not None else ""
-    return restored.state, f"continuing from {manager.directory}, step {restored.step}{done}{ignored}"
+    changed = _changed(restored.meta, cfg)
+    return (
+      restored.state,
+      f"continuing from {manager.directory}, step {restored.step}{done}{ignored}{changed}",
+    )
   if isinstance(source, Resume):
     other = open_folder(source.path)
     restored = other.restore(abstract, None if source.step < 0 else source.step)
-    return restored.state, f"resuming {other.directory}, step {restored.step}, in a workdir of its own"
+    changed = _changed(restored.meta, cfg)
+    return (
+      restored.state,
+      f"resuming {other.directory}, step {restored.step}, in a workdir of its own{changed}",
+    )
   if source is None:
     return make(), "from scratch"
 
@@ -257,12 +269,12 @@ def initialise(
   flat = lambda axes: None if axes is None else param_paths(axes, is_leaf=_is_axes)
   recipes = [(tree, source, flat(axes)) for tree in names]
   recipes += [(tree, recipe, flat((others or {}).get(tree))) for tree, recipe in source.beside.items()]
-  trees, loaded, steps_at, kept = dict(state.trees), {}, {}, {}
+  trees, loaded, steps_at, metas, kept = dict(state.trees), {}, {}, {}, {}
   for tree, recipe, flat_axes in recipes:
     fresh = param_paths(state.trees[tree])
     structure = id(recipe), *((n, x.shape, x.dtype, x.sharding) for n, x in fresh.items())
     if structure not in loaded:
-      leaves, steps_at[id(recipe)] = recipe.load(fresh, flat_axes)
+      leaves, steps_at[id(recipe)], metas[id(recipe)] = recipe.load(fresh, flat_axes)
       loaded[structure] = leaves
     else:
       leaves = {n: x.copy() for n, x in loaded[structure].items()}  # own buffers: both may be donated
@@ -281,7 +293,19 @@ def initialise(
   extras += [f"fresh: {', '.join(source.scratch)}"] if source.scratch else []
   extras += [f"left behind: {', '.join(source.drop)}"] if source.drop else []
   extras += [f"{t} from {r.tree!r} of {r.path}, step {steps_at[id(r)]}" for t, r in source.beside.items()]
-  return state, "; ".join([what, *extras])
+  return state, "; ".join([what, *extras]) + _changed(metas[id(source)], cfg, "model")
+
+
+def _changed(meta: Any, cfg: Mapping[str, Any] | None, section: str = "", most: int = 8) -> str:
+  """ "; changed since: …", or "" where nothing did or nothing is known."""
+  saved = meta.get("config") if isinstance(meta, Mapping) else None
+  if not saved or cfg is None:
+    return ""
+  if section:
+    saved, cfg = saved.get(section, {}), cfg.get(section, {})
+  found = config.differences(saved, cfg, section)
+  more = [f"and {len(found) - most} more"] if len(found) > most else []
+  return f"; changed since: {', '.join([*found[:most], *more])}" if found else ""
 
 
 def _is_axes(x: Any) -> bool:
@@ -315,5 +339,5 @@ def load_tree(path: str, tree: str, abstract: Any, step: int = -1) -> tuple[Any,
   """
   recipe = InitRecipe(path, step=step, tree=tree)
   flat = param_paths(abstract)
-  leaves, at = recipe.load(flat, None)
+  leaves, at, _ = recipe.load(flat, None)
   return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[n] for n in flat]), at

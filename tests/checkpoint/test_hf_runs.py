@@ -360,7 +360,7 @@ def test_adopt_keeps_adapters_and_draft_heads(tmp_path, name):
   axes = state.param_paths(model.logical_axes(), is_leaf=lambda a: isinstance(a, tuple))
   recipe = config.build_kind(init.REGISTRY, cfg.init, "init")
   recipe = dataclasses.replace(recipe, mask_row="", mask_id=-1)
-  leaves, _ = recipe.load(fresh, axes)
+  leaves, *_ = recipe.load(fresh, axes)
   source = folder.Folder.open(tmp_path / "dst")
   for leaf, x in leaves.items():
     if leaf in source.manifest["leaves"]:

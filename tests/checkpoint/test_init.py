@@ -146,6 +146,32 @@ def test_order(source, tmp_path):
     assert ("does not apply" in line) == (section is not None)
 
 
+def test_what_no_shape_shows_is_named(source, tmp_path):
+  """Another RoPE base fits every leaf: the line says so, for a run that goes on and for one that begins."""
+  saved = {"model": {"rope": {"base": 1e4}, "axes": (1, 2)}, "optim": {"lr": 1.0}}
+  now = {"model": {"rope": {"base": 5e5}, "axes": (1, 2)}, "optim": {"lr": 2.0}}
+  run = System(2, ema=True)
+  m = Manager(tmp_path / "a" / init.CHECKPOINTS)
+  m.save(3, run.make(), meta={"config": saved})
+  m.close()
+  model, all_of_it = "model.rope.base 10000.0 → 500000.0", "optim.lr 1.0 → 2.0"
+  section = {"path": str(tmp_path / "a")}
+  _, line = run.start(tmp_path / "a", cfg=now)
+  assert line.endswith(f"step 3; changed since: {model}, {all_of_it}")
+  _, line = run.start(tmp_path / "b", {"kind": "resume", **section}, cfg=now)
+  assert line.endswith(f"; changed since: {model}, {all_of_it}")
+  _, line = run.start(tmp_path / "c", {"kind": "workdir", **section}, cfg=now)
+  assert line.endswith(f"; changed since: {model}")  # another optimizer is what one begins anew for
+  many = {"model": {"rope": {"base": 1e4}, "axes": (1, 2)}, "optim": {str(i): i for i in range(20)}}
+  _, line = run.start(tmp_path / "a", cfg=many)
+  assert line.count("→") == 8 and line.endswith("and 13 more")
+  for same in (saved, None):  # controls: nothing to say, nothing known
+    _, line = run.start(tmp_path / "a", cfg=same)
+    assert "changed" not in line
+  _, line = run.start(tmp_path / "d", {"kind": "resume", "path": str(source)}, cfg=now)
+  assert "changed" not in line
+
+
 def test_ema_as_source_explicit_targets_and_errors(source, tmp_path):
   run = System(2, ema=True)
   s, _ = run.start(tmp_path, {"kind": "workdir", "path": str(source), "tree": "ema", "to": ("model",)})

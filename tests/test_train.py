@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from genmodels import cli, config, kernels, metrics, step, train
+from genmodels import cli, config, kernels, metrics, step, system, train
 from genmodels.config import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -144,6 +144,20 @@ def test_a_run_learns_and_says_so(finished):
   assert last["skipped"] == 0
 
 
+def test_networks_beside_the_model_are_counted_by_their_own_shape(corpus):
+  """A second language model of half the depth has half the trunk and half the attention; it reads nothing."""
+  section = "{'num_heads': 2, 'num_kv_heads': 2, 'head_dim': 16, 'width': 64, 'mlp': 128, 'layers': %d}"
+  of = {}
+  for layers in (2, 4):
+    cfg = config.load("language/maria:tiny", [f"trees.mlm.model={section % layers}", *corpus])
+    of[layers] = train.flop_counts(system.build(cfg))
+  assert sorted(of[2]) == ["mlm", "model"] and of[2]["model"] == of[4]["model"] != of[2]["mlm"]
+  assert of[4]["mlm"].trunk == 2 * of[2]["mlm"].trunk == 4 * (4 * 64 * 32 + 3 * 64 * 128)
+  assert (
+    of[4]["mlm"].attention == {"full": 4 * 2 * 16} == {p: 2 * n for p, n in of[2]["mlm"].attention.items()}
+  )
+
+
 def test_files_of_a_run(finished):
   workdir, _, _ = finished
   stored = json.loads((workdir / "config.json").read_text())
@@ -168,6 +182,7 @@ def test_the_same_command_continues(finished, corpus):
   before = (workdir / "metrics.jsonl").read_bytes()
   status, out, err = run("language/bd3lm:tiny", workdir, *overrides_of("language/bd3lm", 30, corpus))
   assert status == 0 and "step 30" in err and "complete" in err and out.startswith("done: step 30")
+  assert "; changed since: eval.documents 8 → 32, eval.draws 2 → 8\n" in err
   assert (workdir / "metrics.jsonl").read_bytes() == before
 
 

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from genmodels import config, metrics, models, objectives, optim, system
+from genmodels import config, metrics, objectives, optim, system, train
 from genmodels.contracts import Outputs
 
 AR_STEPS, CONVERT_STEPS = 120, 40
@@ -82,12 +82,8 @@ def step_flops(cfg: ml_collections.ConfigDict):
   """
   parts = system.build(cfg)
   model, objective = parts.model, parts.objective
-  shapes = model.abstract_params()
   ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
-  numbers = metrics.model_flops(
-    shapes, model.logical_axes(), models.attention_sizes(model.cfg), models.head_paths(model.cfg),
-    optim.trainable(ocfg, shapes),
-  )  # fmt: skip
+  numbers = train.flop_counts(parts, optim.trainable(ocfg, model.abstract_params()))["model"]
 
   @jax.jit
   def count(row, key, step):
@@ -100,12 +96,7 @@ def step_flops(cfg: ml_collections.ConfigDict):
   for step in range(1 << 20):
     row = system.row_of(parts.data.batch(step))
     work = jax.device_get(count(row, key, np.int32(step)))
-    host = {
-      "slots": int(work["slots"]),
-      "pairs": {p: metrics.unlimb(x) for p, x in work["pairs"].items()},
-      "reads": {h: int(n) for h, n in work["reads"].items()},
-    }
-    yield metrics.step_flops(numbers, host)["total"]
+    yield metrics.step_flops(numbers, train.counted(work))["total"]
 
 
 def total_flops(cfg: ml_collections.ConfigDict) -> float:

@@ -66,6 +66,7 @@ def test_a_rolling_score_is_the_evaluators(ar, asked):
   assert got[0].tokens == len(asked.encode(TEXTS[0])) - 1 > asked.length
 
 
+@pytest.mark.slow
 def test_what_greedy_decoding_writes_is_greedy_and_nothing_else(asked):
   prompt = "def "
   written = asked.write([asked.encode(prompt)], [5], {"temperature": 0.0})[0]

@@ -102,6 +102,7 @@ def test_clean_stream_keeps_the_ar_loss(name):
     laws.check(blind)
 
 
+@pytest.mark.slow
 def test_observed_first_is_causal_in_physical_order():
   """The noisy block, physically reordered under a plain causal mask, gives the same predictions (WeDLM)."""
   obj, row = objective("wedlm:tiny"), rows((16,), B=1)
@@ -181,6 +182,7 @@ def test_adapted_ar_losses_by_hand(name):
   np.testing.assert_allclose(noise.marginal, (1 - eps) * noise.level, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_meap_without_masks_is_next_token_prediction():
   row = rows()
   obj = objective("meap:tiny")
@@ -256,6 +258,7 @@ def test_one_pass_is_the_chain_rule():
   )
 
 
+@pytest.mark.slow
 def test_any_subset_likelihood_asks_for_every_token_once():
   row = rows((9, 6), B=2)
   obj = objective("as_arm:tiny")

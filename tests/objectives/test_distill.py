@@ -48,6 +48,7 @@ def norm(tree, wanted):
   )
 
 
+@pytest.mark.slow
 def test_equal_masks_and_weights_give_no_gradient():
   """A fresh adapter under the teacher's own mask: cross-entropy = entropy, gradient of the KL zero."""
   params, grad = setup("full")

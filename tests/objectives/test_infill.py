@@ -105,6 +105,7 @@ def shown(x):
   return np.asarray(x)[..., :MASK]
 
 
+@pytest.mark.slow
 def test_half_a_decoder_is_one_of_the_models():
   """With one half zero and the other a network's own output weight, that network's logits, packed documents
   included; with both, their sum."""

@@ -36,7 +36,8 @@ def law(result):
   return np.bincount(index, minlength=T.V**T.L).reshape((T.V,) * T.L) / ROWS
 
 
-@pytest.mark.parametrize("schedule", ["linear", pytest.param("cosine", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.slow
 def test_first_hitting_is_the_limit_of_ancestral_sampling(schedule):
   """T22: both have the law of revealing in uniformly random order, and at time s each token is open with
   probability p(s) of its own: the number committed is binomial."""

@@ -211,3 +211,15 @@ def test_bugs_keep_their_traceback(failing):
     cli.main(["planted"])
   failing(KeyboardInterrupt())
   assert cli.main(["planted"]) == 130
+
+
+@pytest.mark.parametrize("verb", ["sample", "eval", "collect"])
+def test_the_folder_stands_first_or_behind_its_flag(verb, tmp_path):
+  """Overrides anywhere; without a folder the verb says what it misses, before anything is read."""
+  more = ["--out", str(tmp_path / "out")] if verb == "collect" else []
+  for argv in ([str(tmp_path / "no")], ["seed=1", "--workdir", str(tmp_path / "no")]):
+    status, _, err = run(verb, *more, *argv)
+    assert status == 2 and f"{tmp_path / 'no'}" in err, err
+  for argv in ([], ["seed=1", str(tmp_path / "no")]):
+    status, _, err = run(verb, *more, *argv)
+    assert status == 2 and "name the folder of a training run, or an import" in err

@@ -103,7 +103,8 @@ class Evaluator:
         f"the model has {limit} positions", key="--length", value=length, fix=f"at most {limit}"
       )
     length = length or self.data.meta.seq_len
-    rows = [tokenizer.encode_published(text)[:length] for text in texts]
+    whole = [tokenizer.encode_published(text) for text in texts]
+    rows = [ids[:length] for ids in whole]
     for i, ids in enumerate(rows):
       if len(ids) < 2:
         raise ConfigError(
@@ -121,7 +122,13 @@ class Evaluator:
     pieces = [(i, 0, ids, int(ids[0] == bos)) for i, ids in enumerate(rows)]
     shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     batches = piece_batches(pieces, size, shards, self.data.meta)
-    return self._over(batches, trees, step, block, 1 << 62)
+    result = self._over(batches, trees, step, block, 1 << 62)
+    if cut := sum(len(ids) > length for ids in whole):
+      lost = sum(max(0, len(ids) - length) for ids in whole)
+      result["notes"].append(
+        f"{cut} of {len(whole)} texts cut at {length} tokens: {lost} tokens were not read"
+      )
+    return result
 
   def _over(self, batches, trees, step, block, limit) -> dict:
     """Evaluates whole batches (every process needs the bytes of all documents)."""

@@ -16,13 +16,15 @@ import pathlib
 import sys
 import warnings
 
+from genmodels import arguments
+
 
 def main(argv: list[str] | None = None) -> int:
   """The verb `genmodels eval`."""
   parser = argparse.ArgumentParser(
     prog="genmodels eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", help="folder of a training run, or an import; may stand without its flag")
+  arguments.add_workdir(parser)
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
   parser.add_argument(
     "--file", action="append", default=[], help="a text instead of the held-out set; repeatable"
@@ -37,11 +39,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--block", type=int, default=0, help="block size (default: the trained one)")
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   parser.add_argument("overrides", nargs="*", help="key.path=value on the stored config")
-  args = parser.parse_intermixed_args(argv)  # the folder first, overrides behind the flags
-  if args.workdir is None:
-    if not args.overrides or "=" in args.overrides[0]:
-      parser.error("name the folder of a training run, or an import")
-    args.workdir = args.overrides.pop(0)
+  args = arguments.parse(parser, argv)
   if args.text and args.file:
     parser.error("give --text or --file: they encode differently")
 

@@ -1,6 +1,6 @@
 """`genmodels collect`: a model's own greedy texts, with the Jacobi trajectories that lead to them.
 
-  genmodels collect --workdir runs/ar --out data/jacobi --span 16
+  genmodels collect runs/ar --out data/jacobi --span 16
 
 Prompts are what the documents of a data set give (their context), or, of documents that give nothing, the
 first --prompt tokens of every piece of a row's length; default: the run's own training set. Each is continued
@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import xxhash
 
+from genmodels import arguments
 from genmodels import state as states
 from genmodels.checkpoint import verify
 from genmodels.config import ConfigError
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
   p = argparse.ArgumentParser(
     prog="genmodels collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  p.add_argument("--workdir", required=True, help="folder of a training run, or an import")
+  arguments.add_workdir(p)
   p.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
   p.add_argument("--out", required=True, help="directory to write")
   p.add_argument("--data", default="", help="data set with the prompts (default: the run's training set)")
@@ -341,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
   p.add_argument("--batch-size", type=int, default=default.batch, help="rows of a call")
   p.add_argument("--part", type=int, default=default.part, help="calls between savings")
   p.add_argument("--seed", type=int, default=0, help="of the first guesses")
-  args = p.parse_args(argv)
+  p.add_argument("overrides", nargs="*", help="key.path=value on the stored config")
+  args = arguments.parse(p, argv)
   options = Options(
     args.span,
     args.length,
@@ -354,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     args.part,
   )
 
-  run = runs.load_run(args.workdir, args.step)
+  run = runs.load_run(args.workdir, args.step, args.overrides)
   data = records.Dataset(sources.directory_pair(args.data)[0]) if args.data else _training_set(run)
   made = collect(
     run, data, args.out, options, heldout=args.heldout, tolerance=args.tolerance, quiet=False

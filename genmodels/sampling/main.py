@@ -1,7 +1,7 @@
 """`genmodels sample`: draws from a workdir.
 
-  genmodels sample --workdir runs/bd3lm --prompt "def main(" --n 4 quota.tau=0.8 temperature=0.7
-  genmodels sample --workdir runs/next_scale_digits --labels 0,1,2 --n 4 --out digits.png guidance.scale=2
+  genmodels sample runs/bd3lm --prompt "def main(" --n 4 quota.tau=0.8 temperature=0.7
+  genmodels sample runs/next_scale_digits --labels 0,1,2 --n 4 --out digits.png guidance.scale=2
 
 Overrides are keys of the sampler section. --json prints one object with the tokens, and the step at which
 each one was committed.
@@ -14,6 +14,8 @@ import json
 import pathlib
 import sys
 import time
+
+from genmodels import arguments
 
 
 def turns_of(line: str, parser) -> list[dict]:
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="genmodels sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--workdir", required=True, help="folder of a training run")
+  arguments.add_workdir(parser)
   parser.add_argument("--step", type=int, help="checkpoint to take (default: the newest that verifies)")
   parser.add_argument(
     "--prompt", action="append", default=[], help="text to continue; may be given several times"
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     nargs="*",
     help="key=value of the sampler section, or model.attention=value, model.extend.factor=value",
   )
-  args = parser.parse_args(argv)
+  args = arguments.parse(parser, argv)
 
   import jax
   import numpy as np

@@ -381,7 +381,7 @@ def test_sampling_and_evaluation_of_an_import_say_what_does_not_fit(tmp_path, ca
   src, _ = folders.make(tmp_path / "src", "gpt2")
   folders.tokenizer(src)
   hf_import.import_folder(str(src), str(tmp_path / "dst"))
-  sample = ["sample", "--workdir", str(tmp_path / "dst")]
+  sample = ["sample", str(tmp_path / "dst")]
   assert cli.main([*sample, "--prompt", folders.TEXT, "--length", "8"]) == 2
   assert "a row has 8; raise the length or cut the prompt" in capsys.readouterr().err
   assert cli.main([*sample, "--prompt", "the", "--length", "65"]) == 2

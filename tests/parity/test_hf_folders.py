@@ -188,6 +188,8 @@ def test_eval_text_is_what_transformers_gives(case, dtype, bos, tmp_path, monkey
   with torch.no_grad():
     want = hf.eval()(ids, labels=ids).loss.item()
   assert got["tokens"] == 47 and got["exact"]
+  rest = len(tokenizer(folders.TEXT).input_ids) - 48
+  assert rest > 0 and got["notes"] == [f"1 of 1 texts cut at 48 tokens: {rest} tokens were not read"]
   assert got["nats_per_token"] == pytest.approx(want, rel=1e-5)
   # What differs in BOS or truncation is seen at this tolerance.
   with torch.no_grad():

@@ -149,6 +149,7 @@ def make_train_step(
   sources: int = 1,
   trainable: Any = None,
   players: Sequence[Player] = (),
+  copies: Mapping[str, int] = {},
 ) -> Callable[[TrainState, Row, Array], tuple[TrainState, dict]]:
   """Builds step(state, row, key) -> (state, metrics), to be jitted with the state donated.
 
@@ -161,6 +162,8 @@ def make_train_step(
     sources: data sources, for the loss by source (only where there are several).
     players: all players in their order, "model" among them; default: "model" alone, with `tx`, `trainable`
       and every term.
+    copies: {tree: steps}, trees that become a copy of the model (of its average, where one is kept) at every
+      so many-th step.
 
   Returns:
     The step. Its metrics: scalars "loss", "loss/<term>", "denominator/<term>", ratios, "grad_norm",
@@ -210,6 +213,12 @@ def make_train_step(
           average = optim.ema(trees["ema"], trees["model"], stats["ema_count"], cfg.ema)
           trees["ema"] = optim.select(ok, average, trees["ema"])
           stats["ema_count"] = stats["ema_count"] + ok.astype(jnp.int32)
+        for name, every in copies.items():
+          now = trees["ema"] if "ema" in trees else optim.eval_params(opt["model"], trees["model"])
+          now = jax.tree.map(lambda new, old: new.astype(old.dtype), now, trees[name])
+          trees[name] = jax.lax.cond(
+            (state.step + 1) % every == 0, lambda new, old: new, lambda new, old: old, now, trees[name]
+          )
       else:
         m.pop("source")
         out |= {f"{player.name}/{k}": v for k, v in m.items()}
@@ -471,11 +480,13 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
 
   def begin(trees, fresh=None):
     trees = models.joint.start(model.cfg, parts.nets, trees, fresh)
+    trees |= {name: trees["model"] for name in parts.copies}
     return states.create(trees, {p.name: p.tx for p in seats}, initial_stats(cfg, objective), owns)
 
   def fresh(key):
     params = model.init(key)
-    others = {n: net.init(jax.random.fold_in(key, zlib.crc32(n.encode()))) for n, net in parts.nets.items()}
+    own = {n: net for n, net in parts.nets.items() if n not in parts.copies}
+    others = {n: net.init(jax.random.fold_in(key, zlib.crc32(n.encode()))) for n, net in own.items()}
     return begin({"model": params, "ema": params, **others} if cfg.ema else {"model": params, **others})
 
   dropped: list[str] = []
@@ -490,7 +501,7 @@ def program(parts: system.System, cfg: StepConfig, ocfg: optim.OptimConfig, step
     shardings = states.shardings(abstract, placed, mesh, owns)
     state = states.abstract(fresh, key, shardings=shardings)
   sources = len(parts.data.meta.sources)
-  step = make_train_step(objective, parts.fns, tx, cfg, parts.latent, sources, moving, seats)
+  step = make_train_step(objective, parts.fns, tx, cfg, parts.latent, sources, moving, seats, parts.copies)
   return Program(
     parts=parts,
     mesh=mesh,

@@ -29,6 +29,7 @@ class System:
     objective, model: built and checked against each other; the model's attention is resolved.
     fns: {name: fn(trees, …) -> Outputs, or what the network gives}; the model, views of its tree, and `nets`.
     nets: {name: network with a tree of its own}: init, abstract_params, logical_axes, apply as of a Model.
+    copies: {name: steps} of those whose tree is a copy of the model's, made anew at every so many-th step.
     attention: the implementation of attention and why, for people.
     notes: warnings for people, printed once.
   """
@@ -42,6 +43,7 @@ class System:
   attention: str = ""
   notes: tuple[str, ...] = ()
   nets: dict[str, Any] = dataclasses.field(default_factory=dict)
+  copies: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def exact(self):
@@ -86,7 +88,8 @@ def build(cfg, *, workdir: str = "", mesh=None) -> System:
   attention = f"{implementation} ({why})"
   nets = networks(cfg, model)
   models.joint.check(model.cfg, nets)
-  return System(cfg, source, latent, objective, model, functions(cfg, model), attention, tuple(notes), nets)
+  fns, made = functions(cfg, model), copies(cfg)
+  return System(cfg, source, latent, objective, model, fns, attention, tuple(notes), nets, made)
 
 
 def row_of(batch: dict) -> Row:
@@ -214,6 +217,25 @@ def networks(cfg, model) -> dict[str, Any]:
       raise ConfigError("the name is taken", key="trees", value=name, fix="another name")
     nets[name] = config.build_kind(models.NETS, spec, f"trees.{name}").network(model)
   return nets
+
+
+def copies(cfg) -> dict[str, int]:
+  """{name: steps}: the networks of `trees` that are copies of the model, made anew at every so many-th step.
+
+  Raises:
+    ConfigError: somebody else would move one.
+  """
+  sections = (config.plain(cfg.get("trees")) or {}).items()
+  found = {n: s["refresh"] for n, s in sections if isinstance(s, dict) and s.get("refresh")}
+  players, init = config.plain(cfg.get("players")) or {}, config.plain(cfg.get("init")) or {}
+  for name in found:
+    trained = any(name in (p.get("trees") or (player,)) for player, p in players.items())
+    if trained or name in init.get("beside", {}):
+      raise ConfigError(
+        "the tree is a copy of the model; " + ("a player trains it" if trained else "init.beside loads another"),
+        key=f"trees.{name}.refresh", value=found[name], fix="refresh=0",
+      )  # fmt: skip
+  return found
 
 
 def functions(cfg, model) -> dict[str, Callable]:

@@ -23,7 +23,18 @@ from genmodels.models.config import Head, from_section
 
 @dataclasses.dataclass(frozen=True)
 class SecondTrunk:
-  """The model's architecture once more, with parameters of its own: a teacher, a fake score, a critic."""
+  """The model's architecture once more, with parameters of its own: a teacher, a fake score, a critic.
+
+  Fields:
+    refresh: the tree begins as a copy of the model and becomes one at every so many-th step (of its average,
+      where the run keeps one); nobody else moves it. 0: a tree of its own.
+  """
+
+  refresh: int = 0
+
+  def __post_init__(self):
+    if self.refresh < 0:
+      raise ValueError(f"refresh is {self.refresh}; a number of steps, or 0")
 
   def network(self, model):
     return model

@@ -528,6 +528,7 @@ def registry() -> dict[str, type]:
   from genmodels.objectives.insertion import Insertion
   from genmodels.objectives.marginal import Marginal
   from genmodels.objectives.policy import BlockPolicy
+  from genmodels.objectives.through_time import ThroughTime
   from genmodels.objectives.uniform import Canvas, UniformDiffusion, Unrolled
 
   return {
@@ -550,6 +551,7 @@ def registry() -> dict[str, type]:
     "insertion": Insertion,
     "infill": Infill,
     "marginal": Marginal,
+    "through_time": ThroughTime,
   }
 
 

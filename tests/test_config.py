@@ -243,7 +243,7 @@ def test_names_find_the_files_of_the_checkout(monkeypatch, tmp_path):
   (tmp_path / "language").mkdir()
   (tmp_path / "language" / "toy.py").write_text(FILE)
   (tmp_path / "language" / "_shared.py").write_text("")
-  monkeypatch.setattr(config, "configs_root", lambda: tmp_path)
+  monkeypatch.setattr(config.files, "configs_root", lambda: tmp_path)
   assert config.names() == ["language/toy"]
   assert load("language/toy:tiny").batch_size == 4
   assert load("configs/language/toy.py:tiny").batch_size == 4  # from any folder

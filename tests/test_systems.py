@@ -132,7 +132,7 @@ def two(monkeypatch, tmp_path):
   for name in ("language/b", "vision/a"):
     (tmp_path / name).parent.mkdir()
     (tmp_path / f"{name}.py").write_text(text)
-  monkeypatch.setattr(config, "configs_root", lambda: tmp_path)
+  monkeypatch.setattr(config.files, "configs_root", lambda: tmp_path)
   return tmp_path
 
 

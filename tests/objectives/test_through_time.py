@@ -60,6 +60,7 @@ def loss_of(obj, row, step=1):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+@pytest.mark.slow
 def test_one_step_of_oneself_gives_no_gradient():
   """Control: two steps of the same weights teach something."""
   _, params = trunk()
@@ -70,31 +71,40 @@ def test_one_step_of_oneself_gives_no_gradient():
 
 
 def recorded(dt, B=256, N=8):
-  """(objective, row, noise, targets' Dist, [(ids seen, hidden) of each call of the teacher])."""
+  """(row, noise, the targets' states, the first call's probabilities, [(ids, states) of each call])."""
   model, params = trunk()
-  obj, row, calls = objective(2, dt), rows(B, N), []
+  obj, row = objective(2, dt), rows(B, N)
 
-  def teacher(inputs, targets):
-    out = model.apply(params, inputs, targets)
-    calls.append((np.asarray(inputs.ids[..., 0]), np.asarray(out.dists["diffusion"].hidden)))
-    return out
+  @jax.jit
+  def run():
+    calls = []
 
-  noise = obj.corruption.draw(row, KEY, 1)
-  target = obj.asked(row, noise)[1]["diffusion"]
-  dist, _ = obj.taught(Nets({"teacher": teacher}), row, noise, target, KEY, 1)
-  return row, noise, dist, calls
+    def teacher(inputs, targets):
+      out = model.apply(params, inputs, targets)
+      calls.append((inputs.ids[..., 0], out.dists["diffusion"]))
+      return out
+
+    noise = obj.corruption.draw(row, KEY, 1)
+    target = obj.asked(row, noise)[1]["diffusion"]
+    dist, _ = obj.taught(Nets({"teacher": teacher}), row, noise, target, KEY, 1)
+    p = calls[0][1].map(lambda logits: jax.nn.softmax(logits, -1))
+    return noise, dist.hidden, p, [(ids, d.hidden) for ids, d in calls]
+
+  noise, hidden, p, calls = jax.tree.map(np.asarray, run())
+  return row, noise, hidden, p, calls
 
 
 def test_targets_are_of_the_step_that_decided():
   dt = 0.25
-  row, noise, dist, ((first, before), (second, after)) = recorded(dt)
-  hit, t = np.asarray(noise.hit[:, 0]), np.asarray(noise.level[:, 0])
+  schedule = {"kind": "steps", "values": (1.0, dt), "at": (0, 1)}  # the step is 1
+  row, noise, hidden, _, ((first, before), (second, after)) = recorded(schedule)
+  hit, t = noise.hit[:, 0], noise.level[:, 0]
   np.testing.assert_array_equal(first, np.where(hit, MASK, row.tokens))
   decided = hit & (second != MASK)
   np.testing.assert_array_equal(second[~hit], np.asarray(row.tokens)[~hit])  # what is shown stays
   assert (second[hit & ~decided] == MASK).all() and (second[decided] < MASK).all()
   want = np.where(decided[..., None], before, after)
-  np.testing.assert_array_equal(np.asarray(dist.hidden)[hit], want[hit])
+  np.testing.assert_array_equal(hidden[hit], want[hit])
   assert np.abs(before - after)[hit & ~decided].max() > 0.1  # the step that decides makes a difference
   # Ancestral sampling from t to t − dt reveals with probability min(1, dt/t), independently.
   p = np.minimum(1, dt / t)
@@ -105,14 +115,8 @@ def test_targets_are_of_the_step_that_decided():
 
 def test_drawn_tokens_follow_the_teacher():
   """Means of the drawn tokens' one-hots against the teacher's own probabilities, at five standard errors."""
-  row, noise, _, ((_, before), (second, _)) = recorded(1.0, B=2048, N=L)
-  model, params = trunk()
-  target = objective(2, 1.0).asked(row, noise)[1]["diffusion"]
-  inputs = objective(2, 1.0).asked(row, noise)[0]
-  p = model.apply(params, inputs, {"diffusion": target}).dists["diffusion"].map(
-    lambda logits: jax.nn.softmax(logits, -1)
-  )
-  hit, p = np.asarray(noise.hit[:, 0]), np.asarray(p)
+  _, noise, _, p, (_, (second, _)) = recorded(1.0)
+  hit = noise.hit[:, 0]
   got, want = np.eye(V)[second[hit]].mean(0), p[hit].mean(0)
   assert (np.abs(got - want) < 5 * (want / hit.sum()) ** 0.5 + 1e-6).all() and want.max() < 0.9
 
@@ -149,10 +153,10 @@ def test_two_steps_become_one():
   best = np.take_along_axis(marginal[None], texts[..., None], 2)[..., 0].prod(1)
   kl = lambda q: float((law * (np.log(law) - np.log(q))).sum())
 
-  tx, grad = optax.adam(2e-2), loss_of(obj, row)
+  tx, grad = optax.adam(4e-2), loss_of(obj, row)
   update = jax.jit(lambda g, s, p: (lambda u, s: (optax.apply_updates(p, u), s))(*tx.update(g, s, p)))
   params, opt = start, tx.init(start)
-  for i in range(80):
+  for i in range(150):
     _, g = grad(params, start, i)
     params, opt = update(g, opt, params)
   first, last, least = kl(one(start)), kl(one(params)), kl(best)
@@ -165,31 +169,16 @@ def test_what_does_not_fit_is_refused():
     ({"dt": 0.0}, "a time in"),
     ({"dt": {"kind": "steps", "values": (0.5, 2.0), "at": (0, 10)}}, "a time in"),
     ({"corruption": {"kind": "absorb", "complement": True}}, "complement"),
-    ({"corruption": {"kind": "uniform"}, "masks": {"full": "full"}}, "absorb"),
+    ({"corruption": {"kind": "uniform", "vocab": V}}, "absorb"),
   )
   for more, words in cases:
     with pytest.raises(ValueError, match=words):
       objective(**more)
 
 
-def test_dt_follows_its_schedule():
-  _, params = trunk()
-  dt = {"kind": "steps", "values": (0.0625, 0.5), "at": (0, 10)}
-  fn = loss_of(objective(2, dt), rows(64))
-  kl = [float(k / n) for k, n in (fn(params, params, step)[0][1] for step in (9, 10))]
-  alone = [
-    float(k / n)
-    for k, n in (
-      loss_of(objective(2, d), rows(64), s)(params, params)[0][1] for d, s in ((0.0625, 9), (0.5, 10))
-    )
-  ]
-  np.testing.assert_allclose(kl, alone, rtol=1e-5)
-
-
 def test_the_works_of_the_teachers_calls_add_up():
   _, params = trunk()
   nets = bind(functions(), {"model": params, "teacher": params})
-  _, _, aux = objective(3).run(nets, rows(4), KEY, 1)
-  work = aux["work"]
+  work = jax.jit(lambda: objective(3).run(nets, rows(4), KEY, 1)[2]["work"])()
   assert int(work["teacher"]["slots"]) == 3 * int(work["model"]["slots"]) == 3 * 4 * L
   assert jnp.all(work["teacher"]["pairs"]["full"] == 3 * work["model"]["pairs"]["full"])

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from genmodels import config, models, optim, train
+from genmodels import config, models, optim, system, train
 from genmodels import state as states
 from genmodels import step as steps
 from genmodels.config import ConfigError
@@ -174,3 +174,40 @@ def test_a_run_goes_on_with_its_players(tmp_path):
   assert int(kept["gain_count"]) == 2 and float(kept["gain"]) < 0  # it moved at steps 2 and 4
   resolved = json.loads((tmp_path / "straight/resolved.json").read_text())
   assert resolved["players"]["policy"]["every"] == 2
+
+
+# ---- copies of the model
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_copy_is_made_anew_at_every_so_many_th_step(ema):
+  """It stands still in between and gets no gradient; the average is copied where one is kept."""
+  model, params = trunk()
+  fns = {n: lambda trees, *a, n=n, **kw: model.apply(trees[n], *a, **kw) for n in ("model", "teacher")}
+  cfg, tx = steps.StepConfig(ema=ema, guard_window=0), plain(optax.sgd(1e-1))
+  objective = Objective(terms={"text": {"align": "shift"}})
+  step = jax.jit(steps.make_train_step(objective, fns, tx, cfg, copies={"teacher": 3}))
+  trees = {"model": params, "teacher": params} | ({"ema": params} if ema else {})
+  state = states.create(trees, {"model": tx}, steps.initial_stats(cfg, objective))
+  same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+  before = params
+  for n in range(1, 8):
+    state, _ = step(state, rows((10, 6), B=4), KEY)
+    if n % 3 == 0:
+      before = state.trees["ema" if ema else "model"]
+    assert same(state.trees["teacher"], before)
+    assert same(state.trees["model"], before) == (n % 3 == 0 and not ema)
+
+
+def test_nobody_else_moves_a_copy():
+  trees = {"teacher": {"kind": "trunk", "refresh": 5}, "critic": {"kind": "trunk"}}
+  assert system.copies({"trees": trees}) == {"teacher": 5}
+  assert not system.copies({})
+  wrong = (
+    ({"players": {"teacher": {"terms": ("text",)}}}, "a player trains it"),
+    ({"players": {"p": {"trees": ("critic", "teacher")}}}, "a player trains it"),
+    ({"init": {"beside": {"teacher": {"path": "runs/x"}}}}, "init.beside loads another"),
+  )
+  for more, words in wrong:
+    with pytest.raises(ConfigError, match=f"trees.teacher.refresh = 5: .*{words}"):
+      system.copies({"trees": trees, **more})

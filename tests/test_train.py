@@ -43,8 +43,8 @@ def records(workdir) -> dict[int, dict]:
   return out
 
 
-def losses(workdir) -> dict[int, float]:
-  return {s: r["loss"] for s, r in records(workdir).items() if "loss" in r}
+def losses(workdir, metric: str = "loss") -> dict[int, float]:
+  return {s: r[metric] for s, r in records(workdir).items() if metric in r}
 
 
 # ---- every system
@@ -61,6 +61,17 @@ FAMILIES = (
 
 # Systems that learn from what a model decoded: {name: tokens of a span}.
 DECODED = {"language/cllm": 16, "language/jacobi_forcing": 8}
+
+
+# Systems that go on from another one, and what falls while they do: {name: (the other, metric)}.
+TAUGHT = {"language/sdtt": ("language/mdlm", "kl/diffusion")}
+
+
+def trained(name, path, corpus):
+  """Overrides of a system of TAUGHT: 100 steps of the other one in `path`."""
+  other = TAUGHT[name][0]
+  assert run(f"{other}:tiny", path / "other", *overrides_of(other, 100, corpus), "eval.every=0")[0] == 0
+  return *corpus, "init.kind=workdir", f"init.path={path / 'other'}"
 
 
 def decoded(name, path, corpus):
@@ -86,16 +97,19 @@ def test_every_system_trains(name, tmp_path, corpus):
   """30 steps of every tiny variant: a finite loss that falls, and a likelihood (bound) that does, on held-out
   documents under the same draws, unless the model that it is of stands still."""
   more = ("eval.every=30", "eval.documents=8", "train.sample_every=30", "optim.schedule={'kind':'constant'}")
-  text = decoded(name, tmp_path, corpus) if name in DECODED else corpus
+  text = corpus
+  if name in DECODED or name in TAUGHT:
+    text = (decoded if name in DECODED else trained)(name, tmp_path, corpus)
   for steps in (1, 30):
     status, out, err = run(f"{name}:tiny", tmp_path, *overrides_of(name, steps, text), *more)
     assert status == 0, err
-  curve = losses(tmp_path)
+  curve = losses(tmp_path, TAUGHT.get(name, ("", "loss"))[1])
   assert sorted(curve) == list(range(1, 31)) and all(map(math.isfinite, curve.values()))
   assert np.mean([curve[s] for s in range(26, 31)]) < np.mean([curve[s] for s in range(1, 6)])
   before, after = (records(tmp_path)[s]["eval/bits_per_token"] for s in (1, 30))
-  # Drafts for a frozen model, and adapters that imitate a random one, leave its likelihood about where it was.
-  still = bool(config.load(f"{name}:tiny").optim.get("freeze"))
+  # Drafts for a frozen model, adapters that imitate a random one, and a model that imitates itself leave the
+  # likelihood about where it was.
+  still = bool(config.load(f"{name}:tiny").optim.get("freeze")) or name in TAUGHT
   assert after < before or (still and after == pytest.approx(before, rel=0.05)), (before, after)
   assert list((tmp_path / "samples").iterdir())
   assert "done: step 30" in out

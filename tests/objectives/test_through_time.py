@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused():
     ({"dt": 0.0}, "a time in"),
     ({"dt": {"kind": "steps", "values": (0.5, 2.0), "at": (0, 10)}}, "a time in"),
     ({"corruption": {"kind": "absorb", "complement": True}}, "complement"),
-    ({"corruption": {"kind": "uniform", "vocab": V}}, "absorb"),
+    ({"layout": {"kind": "streams", "streams": ("n", "c")}, "masks": {"full": "bd3"}}, "one noisy copy"),
   )
   for more, words in cases:
     with pytest.raises(ValueError, match=words):

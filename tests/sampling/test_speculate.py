@@ -409,5 +409,7 @@ def test_laws_with_many_draws(kind, drafter, rule, temperature):
 
 @pytest.mark.full
 def test_more_chains_accept_more():
-  rates = [chi_square("ar", drafters.Small(1, chains=k))[1].memory["accepted"].mean() for k in (1, 2, 4)]
-  assert rates[0] + 0.03 < rates[1] and rates[1] + 0.02 < rates[2]
+  # A flat draft: where the draft knows what it knows, a second one of the same law adds little.
+  flat = lambda k: drafters.Small(1, chains=k, temperature=3.0)
+  rates = [chi_square("ar", flat(k))[1].memory["accepted"].mean() for k in (1, 2, 4)]
+  assert rates[0] + 0.1 < rates[1] and rates[1] + 0.1 < rates[2]

@@ -228,13 +228,13 @@ def copies(cfg) -> dict[str, int]:
   sections = (config.plain(cfg.get("trees")) or {}).items()
   found = {n: s["refresh"] for n, s in sections if isinstance(s, dict) and s.get("refresh")}
   players, init = config.plain(cfg.get("players")) or {}, config.plain(cfg.get("init")) or {}
-  for name in found:
+  for name, every in found.items():
     trained = any(name in (p.get("trees") or (player,)) for player, p in players.items())
     if trained or name in init.get("beside", {}):
+      other = "a player trains it" if trained else "init.beside loads another"
       raise ConfigError(
-        "the tree is a copy of the model; " + ("a player trains it" if trained else "init.beside loads another"),
-        key=f"trees.{name}.refresh", value=found[name], fix="refresh=0",
-      )  # fmt: skip
+        f"the tree is a copy of the model; {other}", key=f"trees.{name}.refresh", value=every, fix="refresh=0"
+      )
   return found
 
 

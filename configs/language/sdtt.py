@@ -1,13 +1,13 @@
-"""SDTT: a masked diffusion model learns to take in one step what its former self takes two for, round by round.
+"""SDTT: a masked diffusion model learns to do in one step what its former self does in two, round by round.
 
   genmodels train --config configs/language/mdlm.py:tiny --workdir runs/mdlm train.steps=600
   genmodels train --config configs/language/sdtt.py:tiny --workdir runs/sdtt \\
     init.kind=workdir init.path=runs/mdlm
   genmodels sample --workdir runs/sdtt quota.steps=8
 
-The teacher starts as the model and becomes its average every 10,000 steps, when the time of a step doubles: seven
-rounds, from 1/1024 to 1/16. Sampling is MDLM's, in 16 to 32 steps. Rate and batch are unverified; so is that the
-average is not begun anew with a round. Of the paper's divergences it has the forward KL.
+The teacher starts as the model and becomes its average every 10,000 steps, when the time of a step doubles:
+seven rounds, from 1/1024 to 1/16. Sampling is MDLM's, in 16 to 32 steps. Rate and batch are unverified; so is
+that a round goes on with the last one's average and optimiser. The divergence is the paper's forward KL.
 """
 
 from genmodels import sections

@@ -1,8 +1,8 @@
 """Self-distillation through time: one step of the student predicts what several of its teacher would (SDTT).
 
-Deschenaux and Gulcehre, "Beyond Autoregression: Fast LLMs via Self-Distillation Through Time", 2410.21035. The
-teacher takes m steps of ancestral sampling from x_t, each over a time dt; the target of a masked token is the
-teacher's distribution at the step that decided it, or at the last one where none did:
+Deschenaux and Gulcehre, "Beyond Autoregression: Fast LLMs via Self-Distillation Through Time", 2410.21035.
+The teacher takes m steps of ancestral sampling from x_t, each over a time dt; the target of a masked token is
+the teacher's distribution at the step that decided it, or at the last one where none did:
 
   loss = mean over documents of Σ_{i masked in x_t} KL( p_teacher(· | x_{t − s(i) dt}) ‖ p_student(· | x_t) )
 

@@ -23,7 +23,7 @@ def get_config(variant: str = ""):
     "language/sdtt",
     title="Beyond Autoregression: Fast LLMs via Self-Distillation Through Time",
     arxiv="2410.21035",
-    row=-1,
+    row=239,
     tests=(
       "tests/objectives/test_through_time.py::test_one_step_of_oneself_gives_no_gradient",
       "tests/objectives/test_through_time.py::test_targets_are_of_the_step_that_decided",

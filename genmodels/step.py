@@ -331,6 +331,36 @@ def evaluated_trees(state: TrainState, cfg: StepConfig) -> dict:
   return {**state.trees, "model": model}
 
 
+def flop_counts(parts: system.System, moving=None) -> dict[str, metrics.ModelFlops]:
+  """{network: its numbers}: the model, of which `moving` is trained, and trunks beside it."""
+  trunks = {"model": parts.model} | parts.nets
+  return {
+    name: metrics.model_flops(
+      net.abstract_params(), net.logical_axes(), models.attention_sizes(net.cfg), models.head_paths(net.cfg),
+      moving if name == "model" else None, models.active_experts(net.cfg),
+    )
+    for name, net in trunks.items()
+    if isinstance(getattr(net, "cfg", None), models.TrunkConfig)
+  }  # fmt: skip
+
+
+def flops(numbers: dict[str, metrics.ModelFlops], works: dict[str, dict]) -> float:
+  """FLOPs of all network calls of a step; the model's own alone has a backward pass."""
+  calls = {name: w for name, w in works.items() if w}
+  passes = {name: 3 if name == "model" else 1 for name in calls}
+  of = lambda name: numbers.get(name, numbers["model"])
+  return sum(metrics.step_flops(of(n), counted(w), passes[n])["total"] for n, w in calls.items())
+
+
+def counted(work: dict) -> dict:
+  """A network's work as the host's integers; see metrics.step_flops."""
+  return {
+    "slots": int(work["slots"]),
+    "pairs": {p: metrics.unlimb(x) for p, x in work["pairs"].items()},
+    "reads": {h: int(n) for h, n in work["reads"].items()},
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
   """A training step on a mesh and the state it moves. Nothing is compiled, no array is made: the mesh may be

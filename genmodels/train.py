@@ -159,7 +159,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
   survey = evals.survey.of(parts, mesh, key)
   peak = metrics.peak(measure=tcfg.measure_peak)
   meter = metrics.Meter(tcfg.steps, ledger.training, peak, mesh.size)
-  flops = flop_counts(parts, program.moving)
+  flops = steps.flop_counts(parts, program.moving)
   start = int(state.step)
   writer = metrics.Writer(workdir, restored=start, tensorboard=tcfg.tensorboard) if lead else None
   preemption = multihost.Preemption()
@@ -176,7 +176,7 @@ def train(cfg, workdir: str, *, debug: bool = False, out=None) -> Run:
           tokens=tokens_per_step,
           slots=sum(int(w["slots"]) for w in m["work"].values() if w),
           loss_tokens=sum(int(n) for w in m["work"].values() if w for n in w["reads"].values()),
-          flops=step_flops(flops, m["work"]),
+          flops=steps.flops(flops, m["work"]),
         )
       idle = tuple(f"{name}/" for name, p in others.items() if at % p.every)  # they report zeros
       m = {k: v for k, v in m.items() if not k.startswith(idle)}
@@ -299,36 +299,6 @@ def _refuse_overflow(at: int, work: dict, capacity) -> None:
       f"{', '.join(found)}), so its loss is NaN; the update was refused and the parameters are as before",
       key="model.attention_capacity", value=capacity, fix=more,
     )  # fmt: skip
-
-
-def flop_counts(parts: system.System, moving=None) -> dict[str, metrics.ModelFlops]:
-  """{network: its numbers}: the model, of which `moving` is trained, and trunks beside it."""
-  trunks = {"model": parts.model} | parts.nets
-  return {
-    name: metrics.model_flops(
-      net.abstract_params(), net.logical_axes(), models.attention_sizes(net.cfg), models.head_paths(net.cfg),
-      moving if name == "model" else None, models.active_experts(net.cfg),
-    )
-    for name, net in trunks.items()
-    if isinstance(getattr(net, "cfg", None), models.TrunkConfig)
-  }  # fmt: skip
-
-
-def step_flops(numbers: dict[str, metrics.ModelFlops], works: dict[str, dict]) -> float:
-  """Of all network calls of a step; the model's own alone has a backward pass."""
-  calls = {name: w for name, w in works.items() if w}
-  passes = {name: 3 if name == "model" else 1 for name in calls}
-  of = lambda name: numbers.get(name, numbers["model"])
-  return sum(metrics.step_flops(of(n), counted(w), passes[n])["total"] for n, w in calls.items())
-
-
-def counted(work: dict) -> dict:
-  """A network's work as the host's integers; see metrics.step_flops."""
-  return {
-    "slots": int(work["slots"]),
-    "pairs": {p: metrics.unlimb(x) for p, x in work["pairs"].items()},
-    "reads": {h: int(n) for h, n in work["reads"].items()},
-  }
 
 
 @contextlib.contextmanager

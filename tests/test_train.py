@@ -164,7 +164,7 @@ def test_networks_beside_the_model_are_counted_by_their_own_shape(corpus):
   of = {}
   for layers in (2, 4):
     cfg = config.load("language/maria:tiny", [f"trees.mlm.model={section % layers}", *corpus])
-    of[layers] = train.flop_counts(system.build(cfg))
+    of[layers] = step.flop_counts(system.build(cfg))
   assert sorted(of[2]) == ["mlm", "model"] and of[2]["model"] == of[4]["model"] != of[2]["mlm"]
   assert of[4]["mlm"].trunk == 2 * of[2]["mlm"].trunk == 4 * (4 * 64 * 32 + 3 * 64 * 128)
   assert (

@@ -12,7 +12,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from genmodels import config, metrics, objectives, optim, system, train
+from genmodels import config, metrics, objectives, optim, system
+from genmodels import step as steps
 from genmodels.contracts import Outputs
 
 AR_STEPS, CONVERT_STEPS = 120, 40
@@ -83,7 +84,7 @@ def step_flops(cfg: ml_collections.ConfigDict):
   parts = system.build(cfg)
   model, objective = parts.model, parts.objective
   ocfg = config.build(optim.OptimConfig, cfg.optim, "optim")
-  numbers = train.flop_counts(parts, optim.trainable(ocfg, model.abstract_params()))["model"]
+  numbers = steps.flop_counts(parts, optim.trainable(ocfg, model.abstract_params()))["model"]
 
   @jax.jit
   def count(row, key, step):
@@ -96,7 +97,7 @@ def step_flops(cfg: ml_collections.ConfigDict):
   for step in range(1 << 20):
     row = system.row_of(parts.data.batch(step))
     work = jax.device_get(count(row, key, np.int32(step)))
-    yield metrics.step_flops(numbers, train.counted(work))["total"]
+    yield metrics.step_flops(numbers, steps.counted(work))["total"]
 
 
 def total_flops(cfg: ml_collections.ConfigDict) -> float:

@@ -214,10 +214,9 @@ def make_train_step(
           trees["ema"] = optim.select(ok, average, trees["ema"])
           stats["ema_count"] = stats["ema_count"] + ok.astype(jnp.int32)
         for name, every in copies.items():
-          now = trees["ema"] if "ema" in trees else optim.eval_params(opt["model"], trees["model"])
-          now = jax.tree.map(lambda new, old: new.astype(old.dtype), now, trees[name])
+          due = (state.step + 1) % every == 0
           trees[name] = jax.lax.cond(
-            (state.step + 1) % every == 0, lambda new, old: new, lambda new, old: old, now, trees[name]
+            due, _anew, lambda trees, opt, old: old, trees, opt["model"], trees[name]
           )
       else:
         m.pop("source")
@@ -228,6 +227,12 @@ def make_train_step(
     return TrainState(state.step + 1, trees, opt, stats), out
 
   return step_fn
+
+
+def _anew(trees, opt, old):
+  """A copy of the model, or of its average where one is kept, in the types of `old`."""
+  now = trees["ema"] if "ema" in trees else optim.eval_params(opt, trees["model"])
+  return jax.tree.map(lambda new, old: new.astype(old.dtype), now, old)
 
 
 def _turn(player, objective, fns, cfg, latent, sources, trees, opt, guard, row, key, step):

@@ -118,6 +118,12 @@ def token_uniform(row: Row, key: Array, step, copy: int, tag: int, at=None, lane
   return uniform(token_bits(row, key, step, copy, tag, at, lane))
 
 
+def token_keys(row: Row, key: Array, step, copy: int, tag: int) -> Array:
+  """A jax.random key for each token, [B, N]; arguments of `token_bits`, of which it takes lanes 0 and 1."""
+  bits = [token_bits(row, key, step, copy, tag, lane=lane) for lane in (0, 1)]
+  return jax.random.wrap_key_data(jnp.stack(bits, -1), impl="threefry2x32")
+
+
 def token_normal(row: Row, key: Array, step, copy: int, tag: int, width: int, lane: int = 0) -> Array:
   """float32[B, N, width] standard normals, by the inverse error function."""
   u = uniform(_lane_bits(row, key, step, copy, tag, None, lane * width + np.arange(width)))

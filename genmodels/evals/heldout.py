@@ -123,11 +123,9 @@ class Evaluator:
     shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
     batches = piece_batches(pieces, size, shards, self.data.meta)
     result = self._over(batches, trees, step, block, 1 << 62)
-    if cut := sum(len(ids) > length for ids in whole):
-      lost = sum(max(0, len(ids) - length) for ids in whole)
-      result["notes"].append(
-        f"{cut} of {len(whole)} texts cut at {length} tokens: {lost} tokens were not read"
-      )
+    if lost := [len(ids) - length for ids in whole if len(ids) > length]:
+      what = f"{len(lost)} of {len(whole)} texts cut at {length} tokens"
+      result["notes"].append(f"{what}: {sum(lost)} tokens were not read")
     return result
 
   def _over(self, batches, trees, step, block, limit) -> dict:

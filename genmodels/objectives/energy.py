@@ -82,9 +82,7 @@ class EnergyNCE(Objective):
 
   def negative(self, dist, masked: Array, row: Row, key: Array, step) -> Array:
     """int32[B, N]: the text with every masked token drawn anew from the denoiser."""
-    bits = [rng.token_bits(row, key, step, 0, rng.VALUE, lane=lane) for lane in (0, 1)]
-    keys = jax.random.wrap_key_data(jnp.stack(bits, -1), impl="threefry2x32")
-    return jnp.where(masked, dist.sample(keys), row.tokens)
+    return jnp.where(masked, dist.sample(rng.token_keys(row, key, step, 0, rng.VALUE)), row.tokens)
 
 
 def nce(real: Array, drawn: Array) -> Array:

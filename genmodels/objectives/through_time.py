@@ -89,12 +89,6 @@ class ThroughTime(Objective):
         break
       s = jnp.maximum(t - dt, 0)
       reveal = still & (rng.token_uniform(row, key, step, i, rng.PAIR) * masked(t) < masked(t) - masked(s))
-      tokens = jnp.where(reveal, now.sample(self.keys(row, key, step, i)), tokens)
+      tokens = jnp.where(reveal, now.sample(rng.token_keys(row, key, step, i, rng.VALUE)), tokens)
       still, t = still & ~reveal, s
     return dist, done
-
-  @staticmethod
-  def keys(row: Row, key: Array, step, i: int) -> Array:
-    """Keys [B, N] of the tokens that the teacher's step i draws."""
-    bits = [rng.token_bits(row, key, step, i, rng.VALUE, lane=lane) for lane in (0, 1)]
-    return jax.random.wrap_key_data(jnp.stack(bits, -1), impl="threefry2x32")

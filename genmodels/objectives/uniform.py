@@ -139,8 +139,7 @@ class Unrolled(UniformDiffusion):
       sums, aux = self.loss(outputs, targets)
       passes.append((sums, aux | {"work": {"model": work(outputs, targets)}}))
       if i < self.unroll:
-        bits = [rng.token_bits(row, key, step, 1 + i, rng.VALUE, lane=lane) for lane in (0, 1)]
-        keys = jax.random.wrap_key_data(jnp.stack(bits, -1), impl="threefry2x32")
+        keys = rng.token_keys(row, key, step, 1 + i, rng.VALUE)
         value = jax.lax.stop_gradient(outputs.dists[name].sample(keys))
         asked = targets[name].weight > 0  # the rest keeps what it shows
         shown = jnp.where(asked, value, jnp.where(noise.hit[:, 0], noise.value[:, 0], row.tokens))
